@@ -1,0 +1,1 @@
+"""Healing: knowledge distillation from the parent (teacher) into the child (student)."""
