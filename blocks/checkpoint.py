@@ -1,0 +1,263 @@
+"""Children on disk: write one whole or not at all, check one, load one.
+
+A child directory is what stock engines expect of a Nemotron model: config.json, the two model files named by its
+`auto_map`, safetensors (in shards of 5 GB, with an index if more than one), and the parent's tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blocks.child.layout import (
+    as_built,
+    as_config,
+    child_config,
+    expected_tensors,
+    parent_shape,
+    read_architecture,
+    read_config,
+)
+from blocks.errors import CheckpointError
+from blocks.shape import ModelShape
+from blocks.spec import Architecture
+
+if TYPE_CHECKING:
+    from blocks.child.modeling_decilm import DeciLMForCausalLM
+
+__all__ = [
+    "as_built",
+    "check_child",
+    "child_config",
+    "expected_tensors",
+    "load_child",
+    "read_architecture",
+    "write_child",
+]
+
+SHARD_BYTES = 5_000_000_000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_CODE = ("configuration_decilm.py", "modeling_decilm.py")
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def write_child(
+    path: Path | str,
+    parent_dir: Path | str,
+    architecture: Architecture,
+    state_dict: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a child checkpoint; `path` holds the whole child afterwards, or what it held before.
+
+    Args:
+        path: the directory to write. A child that stands there is replaced once the new one is complete.
+        parent_dir: the parent's directory: its config.json and tokenizer.
+        architecture: one spec per layer of the parent.
+        state_dict: tensors under Llama names on any device, in any order, each FFN of the spec's width or padded to
+            256 already. Given as pairs they are consumed one by one, and at most one shard is held in memory.
+        dtype: of the weights on disk, as torch spells it ("bfloat16").
+        shard_bytes: largest size of one safetensors file.
+
+    Raises:
+        CheckpointError: if tensors are missing, left over or of another shape, or the disk refuses.
+    """
+    path, parent_dir = Path(path), Path(parent_dir)
+    parent_config = as_config(read_config(parent_dir))
+    config = child_config(parent_config, architecture, dtype)
+    pairs = state_dict.items() if isinstance(state_dict, Mapping) else state_dict
+    with _replacing(path) as directory:
+        _write_shards(directory, _fitted(pairs, parent_shape(parent_config), architecture), dtype, shard_bytes)
+        (directory / "config.json").write_text(config.to_json_string())
+        for name in MODEL_CODE:
+            shutil.copyfile(Path(__file__).parent / "child" / name, directory / name)
+        for name in COPIED_FILES:
+            if (parent_dir / name).is_file():
+                shutil.copyfile(parent_dir / name, directory / name)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives an empty directory that takes the place of `path` at the end, and is removed if anything fails.
+
+    The names are fixed, so that what a killed process left behind is cleared by the next one.
+    """
+    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        new.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; check the disk and run the same command again") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _fitted(
+    pairs: Iterable[tuple[str, Tensor]], parent: ModelShape, architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """Checks names and shapes as the tensors pass, and pads them to what the published form can say."""
+    shape, built = as_built(parent, architecture)
+    given, needed = expected_tensors(parent, architecture), expected_tensors(shape, built)
+    awaited, tables = dict(needed), {}
+    for name, tensor in pairs:
+        if shape.tie_word_embeddings and name in (HEAD, EMBEDDING):
+            tables[name] = tensor
+            if name == HEAD:
+                continue
+        if name not in awaited:
+            raise CheckpointError(
+                f"{name} is {'given twice' if name in needed else 'not a tensor of this architecture'}"
+            )
+        size = awaited.pop(name)
+        if tuple(tensor.shape) not in (size, given.get(name)):
+            raise CheckpointError(f"{name} has shape {list(tensor.shape)}, the architecture needs {list(size)}")
+        yield name, _zero_padded(tensor, size)
+    if missing := [name for name in awaited if name in given]:
+        raise CheckpointError(f"tensors are missing: {_some(missing)}")
+    if len(tables) == 2 and not torch.equal(tables[HEAD], tables[EMBEDDING]):
+        raise CheckpointError(f"{HEAD} differs from {EMBEDDING}, but the parent ties them")
+    # What is still awaited are biases that the parent does not have and the published form cannot leave out.
+    yield from ((name, torch.zeros(size)) for name, size in awaited.items())
+
+
+def _zero_padded(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Zero rows of gate and up, zero columns of down: channels that add exactly nothing."""
+    if tuple(tensor.shape) == size:
+        return tensor
+    lacking = [want - have for want, have in zip(size, tensor.shape, strict=True)]
+    return F.pad(tensor, [end for extra in reversed(lacking) for end in (0, extra)])
+
+
+def _write_shards(directory: Path, pairs: Iterable[tuple[str, Tensor]], dtype: str, shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = filled = 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in pairs:
+        # A copy, because safetensors refuses tensors that share memory, as slices of a fused matrix do.
+        kept = tensor.detach().to("cpu", getattr(torch, dtype), copy=True).contiguous()
+        if shard and filled + kept.nbytes > shard_bytes:
+            flush()
+            filled = 0
+        shard[name] = kept
+        filled += kept.nbytes
+        total += kept.nbytes
+    flush()
+    _name_shards(directory, shards, total)
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Gives the shards the names that transformers looks for, which contain their number."""
+    if len(shards) == 1:
+        (directory / "shard-0").rename(directory / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{index}").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_child(path: Path | str) -> None:
+    """Compares a child's files with its configuration, reading only the headers of the tensors.
+
+    Raises:
+        CheckpointError: if a file is damaged or absent, or a tensor is missing, left over or of another shape.
+    """
+    path = Path(path)
+    needed, found = expected_tensors(*read_architecture(path)), _stored_shapes(path)
+    faults = {
+        "missing": sorted(needed.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - needed.keys()),
+        "of another shape": sorted(name for name in needed.keys() & found.keys() if needed[name] != found[name]),
+    }
+    if any(faults.values()):
+        texts = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+        raise CheckpointError(f"{path} does not fit its config.json ({'; '.join(texts)}); copy or write it again")
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in the safetensors files of a checkpoint."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}; copy or write it again") from error
+    return shapes
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not (path / INDEX).is_file():
+        return [path / SINGLE]
+    try:
+        return [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / INDEX} is not an index of tensors ({error}); copy or write it again") from error
+
+
+def load_child(
+    path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> DeciLMForCausalLM:
+    """Loads a child in evaluation mode with this package's own code, never that of the checkpoint.
+
+    Args:
+        path: a child's directory.
+        dtype: of the loaded weights.
+        device: where to put them; the CPU by default.
+
+    Raises:
+        CheckpointError: as `check_child`.
+    """
+    from blocks.child.modeling_decilm import DeciLMForCausalLM
+
+    check_child(path)
+    try:
+        model: DeciLMForCausalLM = DeciLMForCausalLM.from_pretrained(Path(path), dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load {path}: {error}") from error
+    if device is not None:
+        nn.Module.to(model, device)
+    return model
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

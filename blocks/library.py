@@ -1,0 +1,111 @@
+"""The block library: the fitted candidates of every layer, on disk, only what differs from the parent.
+
+One safetensors file a layer, `library/layer_007.safetensors`. Names inside, T a Llama tensor name within the layer:
+
+    attention:kv1/T              tensors of this attention candidate that differ from the parent's
+    attention:kv1/order          FFN channels [I] by falling importance when this attention stands before the FFN
+    attention:kv1+ffn:768/T      tensors fitted for the pair: down_proj [D, 768], or o_proj where the FFN is skipped
+
+Matrices are kept in bf16, the precision children are served in; scores are taken with what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from blocks.errors import CheckpointError
+from blocks.files import save_tensors
+from blocks.layer import ATTENTION_NORM, DOWN_PROJ, FFN_NORM, LINEAR_ATTENTION, LINEAR_FFN, Weights
+from blocks.spec import AttentionSpec, LayerSpec
+
+LIBRARY_DTYPE = torch.bfloat16
+
+
+@dataclass
+class LayerLibrary:
+    """The candidates of one layer over the parent's tensors `parent` of that layer."""
+
+    parent: Weights
+    entries: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, owner: AttentionSpec | LayerSpec, name: str, tensor: Tensor) -> Tensor:
+        """Keeps a matrix at library precision and returns it as it will be read back."""
+        kept = tensor.to(LIBRARY_DTYPE)
+        self.entries[f"{owner}/{name}"] = kept
+        return kept.to(self._dtype)
+
+    def put_order(self, attention: AttentionSpec, order: Tensor) -> None:
+        self.entries[f"{attention}/order"] = order.to(torch.int32)
+
+    def order(self, attention: AttentionSpec) -> Tensor:
+        return self.entries[f"{attention}/order"].long()
+
+    def has_order(self, attention: AttentionSpec) -> bool:
+        return f"{attention}/order" in self.entries
+
+    def own(self, owner: AttentionSpec | LayerSpec) -> dict[str, Tensor]:
+        """The tensors kept for an attention candidate or a pair, by their names within the layer."""
+        prefix = f"{owner}/"
+        found = {k.removeprefix(prefix): v for k, v in self.entries.items() if k.startswith(prefix)}
+        found.pop("order", None)
+        return {name: tensor.to(self._dtype) for name, tensor in found.items()}
+
+    def attention_weights(self, spec: AttentionSpec) -> dict[str, Tensor]:
+        """All tensors of an attention candidate: none for a skip, the parent's with what differs otherwise."""
+        if spec.kind == "skip":
+            return {}
+        own = self.own(spec)
+        if spec.kind == "linear":
+            return {ATTENTION_NORM: self.parent[ATTENTION_NORM], LINEAR_ATTENTION: own[LINEAR_ATTENTION]}
+        kept = {k: v for k, v in self.parent.items() if k.startswith("self_attn.") or k == ATTENTION_NORM}
+        return kept | own
+
+    def layer_weights(self, spec: LayerSpec) -> dict[str, Tensor]:
+        """All tensors of one candidate layer, ready for `layer_forward`."""
+        weights = self.attention_weights(spec.attention)
+        own = self.own(spec)
+        if spec.ffn.kind == "linear":
+            weights |= {FFN_NORM: self.parent[FFN_NORM], LINEAR_FFN: own[LINEAR_FFN]}
+        elif spec.ffn.kind == "width":
+            weights |= {k: v for k, v in self.parent.items() if k.startswith("mlp.") or k == FFN_NORM}
+            if DOWN_PROJ in own and spec.ffn.width < self.parent[DOWN_PROJ].shape[1]:
+                channels = self.order(spec.attention)[: spec.ffn.width]
+                for name in ("gate_proj", "up_proj"):
+                    weights |= {k: v[channels] for k, v in weights.items() if k.startswith(f"mlp.{name}.")}
+        return weights | own
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.parent.values())).dtype
+
+
+class BlockLibrary:
+    """The directory of layer files. Opening a layer needs the parent's tensors of that layer."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, layer: int) -> Path:
+        return self.directory / f"layer_{layer:03d}.safetensors"
+
+    def has(self, layer: int) -> bool:
+        return self.path(layer).is_file()
+
+    def save(self, layer: int, library: LayerLibrary) -> None:
+        save_tensors(self.path(layer), library.entries)
+
+    def open(self, layer: int, parent: Mapping[str, Tensor]) -> LayerLibrary:
+        """Reads one layer onto the parent tensors' device. Raises CheckpointError if the file is damaged or missing."""
+        device = next(iter(parent.values())).device
+        try:
+            return LayerLibrary(parent, load_file(self.path(layer), device=str(device)))
+        except (OSError, SafetensorError) as error:
+            message = f"{self.path(layer)} cannot be read ({error}); delete it and run `nas score` again to rebuild that layer"
+            raise CheckpointError(message) from error

@@ -1,0 +1,119 @@
+"""What healing is told: one frozen dataclass, defaults here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blocks.errors import ConfigError
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "constant")
+DEVICES = ("auto", "cpu")
+
+FREE_ON_RESUME = frozenset({"micro_batch", "chunk_tokens", "eval_every", "checkpoint_every", "keep_last", "device"})
+"""Fields that may change between a run and its resumption: they move memory, time and disk, not the trajectory."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a child is healed. Raises ConfigError for a value that cannot be meant."""
+
+    tokens: int = 1_000_000
+    """Training tokens in all; rounded up to whole steps. The text is repeated in a new order if it is shorter."""
+
+    sequence_length: int = 256
+    """Tokens per sequence. The pack is re-cut to it, so it need not be the length that the pack was made with."""
+
+    batch_sequences: int = 8
+    """Sequences per optimizer step, over all micro-batches and all ranks."""
+
+    micro_batch: int = 4
+    """Sequences per forward and backward on one rank. Changes memory and speed, not the result."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW. 3e-4 suits the default batch of 8 x 256 tokens and short runs; with 32 x 1024 tokens
+    and millions of them, 6e-4 was better in prototypes (SmolLM2-135M at half its weights)."""
+
+    warmup_share: float = 0.05
+    """Share of the steps over which the learning rate rises from 0, linearly."""
+
+    schedule: str = "cosine"
+    """After the warmup: "cosine" down to `final_lr_share`, or "constant"."""
+
+    final_lr_share: float = 0.05
+    """Learning rate at the end of the cosine, as a share of the peak."""
+
+    weight_decay: float = 0.0
+    """Decoupled decay of the matrices inside layers (never of norms, biases, embeddings, head). 0: the child starts
+    near its goal, which is not the origin."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+
+    seed: int = 0
+    """Order of the sequences."""
+
+    compute_dtype: str = "float32"
+    """Dtype of activations and matrix products: "float32" or "bfloat16". Master weights are fp32 either way."""
+
+    eval_tokens: int = 16_384
+    """Held-out tokens per evaluation, spread evenly over the held-out pack; 0 takes all of it."""
+
+    eval_every: int = 50
+    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0 writes only the last one (and one when stopped by a signal)."""
+
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed. The best student by held-out KL is kept besides."""
+
+    chunk_tokens: int = 512
+    """Tokens whose logits are held at once: 3 x chunk_tokens x vocabulary x 4 bytes of working memory."""
+
+    device: str = "auto"
+    """"auto" leaves the choice to `accelerate` (a GPU if there is one); "cpu" forces the CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_sequences", "micro_batch", "keep_last", "chunk_tokens"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("sequence_length", self.sequence_length >= 2, "at least 2 (one token predicts the next)")
+        for name in ("eval_tokens", "eval_every", "checkpoint_every", "weight_decay", "grad_clip", "seed"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
+        for name in ("warmup_share", "final_lr_share"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        betas_valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self._require("betas", betas_valid, "two numbers in [0, 1)")
+        for name, choices in (("schedule", SCHEDULES), ("compute_dtype", COMPUTE_DTYPES), ("device", DEVICES)):
+            self._require(name, getattr(self, name) in choices, " or ".join(choices))
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    def _require(self, name: str, valid: bool, wanted: str) -> None:
+        if not valid:
+            raise ConfigError(f"distill.{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.batch_sequences * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.step_tokens)
+
+    @property
+    def step_predictions(self) -> int:
+        """Positions per optimizer step that predict a token: what a step's loss is averaged over."""
+        return self.batch_sequences * (self.sequence_length - 1)
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide the result, as JSON has them. A resumed run must have the same."""
+        fields = {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+        return {**fields, "betas": list(self.betas)}

@@ -1,0 +1,306 @@
+"""Healing: the training loop that brings a child (student) back to its parent (teacher).
+
+One call of `heal` is one stage. On several ranks it is started by `accelerate launch` or `torchrun`, unchanged: the
+global batch, its order and the loss are the same on any number of ranks. Killed at any instant and called again, it
+ends with the same weights as if never killed (bit for bit on the CPU, with the same number of threads).
+
+    out_dir/metrics.jsonl                    one JSON object a line
+    out_dir/checkpoints/step-000123/         the newest `keep_last`
+    out_dir/best/student.safetensors         lowest held-out KL, step 0 included
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from blocks.errors import NasError
+from distill.checkpoint import CheckpointStore, Snapshot, load_best, load_student, read_best, student_state, write_best
+from distill.config import DistillConfig
+from distill.data import TokenStream, batch_indices, heldout_batches
+from distill.evaluation import EvalStats, sum_statistics
+from distill.fingerprint import model_fingerprint, pack_fingerprint, require_same_run
+from distill.interrupt import HealingStopped, StopRequest
+from distill.metrics import MetricsLog, peak_memory
+from distill.models import FrozenTeacher, StudentLoss, check_pair, keep_master_weights
+from distill.progress import HealResult, Progress, SessionClock
+from distill.schedule import build_optimizer, learning_rate
+
+
+def heal(
+    config: DistillConfig,
+    teacher: nn.Module,
+    student: nn.Module,
+    train_pack: np.ndarray,
+    heldout_pack: np.ndarray,
+    out_dir: Path,
+    *,
+    on_step: Callable[[Progress], None] | None = None,
+    resume: bool = True,
+) -> HealResult:
+    """Trains `student` in place towards `teacher` by forward KL, and leaves it with its best weights.
+
+    Args:
+        config: how.
+        teacher: the parent, a Hugging Face causal LM. Frozen and moved to the training device.
+        student: the child, likewise, with the same vocabulary; half-precision weights are raised to fp32.
+        train_pack: [sequences, length] of token ids, any length, possibly memory-mapped.
+        heldout_pack: the same, of other documents.
+        out_dir: where metrics, checkpoints and the best student go.
+        on_step: told how it goes (on the main process).
+        resume: go on from the newest checkpoint in `out_dir`; if False, what lies there is removed.
+
+    Raises:
+        ConfigError, DataError: a pair or packs that do not fit each other or the configuration.
+        CheckpointError: the checkpoint there is of another run or damaged, or the disk is full.
+        HealingStopped: SIGTERM or Ctrl-C, after a checkpoint was written.
+        NasError: the loss is not finite; nothing was overwritten.
+    """
+    run = _Healing(config, teacher, student, train_pack, heldout_pack, out_dir, on_step)
+    with StopRequest() as stop:
+        try:
+            run.start(resume)
+            run.train(stop)
+            return run.finish()
+        finally:
+            run.close()
+
+
+class _Healing:
+    """One run: the prepared models, the optimizer, and what has been measured so far."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: nn.Module,
+        student: nn.Module,
+        train_pack: np.ndarray,
+        heldout_pack: np.ndarray,
+        out_dir: Path,
+        on_step: Callable[[Progress], None] | None,
+    ) -> None:
+        vocab_size = check_pair(teacher, student)
+        self.config, self.out_dir, self.on_step = config, out_dir, on_step
+        self.train_stream = TokenStream(train_pack, config.sequence_length, vocab_size, "training pack")
+        self.heldout_stream = TokenStream(heldout_pack, config.sequence_length, vocab_size, "held-out pack")
+        self.identity: dict[str, Any] = config.trajectory() | {
+            "parent": model_fingerprint(teacher),
+            "child": model_fingerprint(student),
+            "training pack": pack_fingerprint(train_pack),
+            "held-out pack": pack_fingerprint(heldout_pack),
+        }
+        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+        device = self.accelerator.device
+        self.student = keep_master_weights(student).to(device)
+        self.teacher = FrozenTeacher(teacher.to(device), config.compute_dtype)
+        loss = StudentLoss(self.student, config.compute_dtype, config.chunk_tokens).train()
+        self.model, self.optimizer = self.accelerator.prepare(loss, build_optimizer(config, self.student))
+        self.store = CheckpointStore(out_dir / "checkpoints", config.keep_last)
+        self.best_path = out_dir / "best" / "student.safetensors"
+        self.best_kl = math.inf
+        self.log: MetricsLog | None = None  # on the main process only
+        self.before: EvalStats | None = None
+        self.latest: EvalStats | None = None
+        self.step = 0
+        self.session = SessionClock()
+
+    # Beginning and end
+
+    def start(self, resume: bool) -> None:
+        """Takes up the newest checkpoint, or begins anew with the evaluation of step 0."""
+        if self._is_main:
+            self.store.clean() if resume else self.store.clear()
+        self.accelerator.wait_for_everyone()
+        snapshot = self.store.newest()
+        if snapshot is not None:
+            self._restore(snapshot)
+        if self._is_main:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.log = MetricsLog(self.out_dir / "metrics.jsonl", keep_through=-1 if snapshot is None else self.step)
+        if snapshot is None:
+            self.before = self._evaluate()
+            self._report(math.nan, self.before)
+
+    def train(self, stop: StopRequest) -> None:
+        """Steps to the end, evaluating and writing checkpoints on the way."""
+        while self.step < self.config.steps:
+            loss, signal_number = self._train_step(stop)
+            stats = self._evaluate() if self._due(self.config.eval_every) else None
+            if self._due(self.config.checkpoint_every) or signal_number:
+                self._write_checkpoint()
+            self._report(loss, stats)
+            if signal_number and self.step < self.config.steps:
+                written = self.store.path(self.step)
+                text = f"healing stopped at step {self.step} of {self.config.steps}; {written} is written"
+                raise HealingStopped(f"{text}. Run the same command again to go on", signal_number)
+
+    def finish(self) -> HealResult:
+        """Leaves the best weights in the student."""
+        assert self.before is not None and self.latest is not None
+        self.accelerator.wait_for_everyone()
+        load_best(self.student, self.best_path)
+        best_step, best = read_best(self.best_path)
+        return HealResult(
+            before=self.before,
+            after=self.latest,
+            best=EvalStats.from_dict(best),
+            best_step=best_step,
+            best_path=self.best_path,
+            steps=self.step,
+            tokens=self.step * self.config.step_tokens,
+            seconds=self.session.total_seconds,
+            tokens_per_s=self._tokens_per_s,
+        )
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    # One step
+
+    def _train_step(self, stop: StopRequest) -> tuple[float, int]:
+        """One optimizer step. Returns the global loss, and the signal that any rank received (0: none)."""
+        started = time.perf_counter()
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, signal_number = self._over_ranks(self._accumulate_gradient(), stop.signal_number)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._stop_not_finite(loss, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self.session.add_step(seconds)
+        tokens_per_s, memory = self.config.step_tokens / seconds, peak_memory(self.accelerator.device)
+        values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_s": tokens_per_s, "memory": memory}
+        self._log("train", values)
+        return loss, signal_number
+
+    def _accumulate_gradient(self) -> float:
+        """Forward and backward over this rank's share of the batch, in micro-batches.
+
+        Every micro-batch is divided by the global count of predicted tokens, so neither their size nor the number
+        of ranks changes the gradient. DDP and FSDP average over ranks what should be summed, hence the factor.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        tokens = self.train_stream.read(self._batch_indices(rank, world)).to(self.accelerator.device)
+        micro_batches = tokens.split(self.config.micro_batch)
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.model(micro_batch, *self.teacher(micro_batch), normaliser=self.config.step_predictions)
+                self.accelerator.backward(loss * world)
+            total += loss.detach()
+        return float(total)
+
+    def _stop_not_finite(self, loss: float, norm: float) -> NoReturn:
+        sequences = ", ".join(str(index) for index in self._batch_indices(0, 1))
+        raise NasError(
+            f"loss {loss} and gradient norm {norm} at step {self.step + 1}, on sequences {sequences} of the training "
+            "pack; nothing was overwritten. Look at those sequences, or lower the learning rate and use --restart"
+        )
+
+    # Measuring, keeping, telling
+
+    def _evaluate(self) -> EvalStats:
+        """Evaluates the held-out text, logs it, and keeps the student if it is the best so far."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        config = self.config
+        batches = heldout_batches(
+            self.heldout_stream, config.eval_tokens, config.sequence_length, config.micro_batch, rank, world
+        )
+        sums = sum_statistics(self.teacher, self.model, batches).to(self.accelerator.device)
+        stats = EvalStats.from_sums(self.accelerator.reduce(sums, "sum"))
+        if not math.isfinite(stats.kl):
+            raise NasError(f"the held-out KL is {stats.kl} at step {self.step}; nothing was overwritten")
+        values = stats.to_dict()
+        self._log("eval", {"eval_tokens": values.pop("tokens")} | values)
+        self.latest = stats
+        if stats.kl < self.best_kl:
+            self.best_kl = stats.kl
+            state = self._student_state()
+            if self._is_main:
+                write_best(self.best_path, state, self.step, stats.to_dict())
+        return stats
+
+    def _write_checkpoint(self) -> None:
+        assert self.before is not None and self.latest is not None
+        state = self._student_state()
+        if not self._is_main:
+            return
+        record = {
+            "run": self.identity,
+            "before": self.before.to_dict(),
+            "latest": self.latest.to_dict(),
+            "seconds": self.session.total_seconds,
+        }
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        self.store.write(Snapshot(self.step, state, self.optimizer.state_dict(), rng, record))
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        where = self.store.path(snapshot.step)
+        require_same_run(snapshot.record["run"], self.identity, str(where))
+        load_student(self.student, snapshot.student, where)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        torch.set_rng_state(snapshot.rng["cpu"])
+        if len(snapshot.rng["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(snapshot.rng["cuda"])
+        self.step = snapshot.step
+        self.before, self.latest = (EvalStats.from_dict(snapshot.record[name]) for name in ("before", "latest"))
+        self.best_kl = read_best(self.best_path)[1]["kl"]
+        self.session = SessionClock(snapshot.record["seconds"])
+
+    def _student_state(self) -> dict[str, Tensor]:
+        """The whole student on the CPU. Every rank must call it: sharded tensors are gathered."""
+        state = self.accelerator.get_state_dict(self.model)
+        prefix = "student."
+        return student_state({name.removeprefix(prefix): tensor for name, tensor in state.items()}, self.student)
+
+    def _report(self, loss: float, stats: EvalStats | None) -> None:
+        if self.on_step is None or not self._is_main:
+            return
+        eta = self.session.seconds_per_step * (self.config.steps - self.step)
+        rate = learning_rate(self.config, max(0, self.step - 1))
+        self.on_step(Progress(self.step, self.config.steps, loss, rate, self._tokens_per_s, eta, stats))
+
+    def _log(self, kind: str, values: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(kind=kind, step=self.step, tokens=self.step * self.config.step_tokens, **values)
+
+    # Small answers
+
+    @property
+    def _is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def _tokens_per_s(self) -> float:
+        return self.session.steps_per_training_second * self.config.step_tokens
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _batch_indices(self, rank: int, world: int) -> np.ndarray:
+        config = self.config
+        return batch_indices(config.seed, self.step, len(self.train_stream), config.batch_sequences, rank, world)
+
+    def _over_ranks(self, loss: float, signal_number: int) -> tuple[float, int]:
+        """The sum of the ranks' losses, and the highest of their signals."""
+        own = torch.tensor([[loss, signal_number]], dtype=torch.float64, device=self.accelerator.device)
+        every = self.accelerator.gather(own)
+        return float(every[:, 0].sum()), int(every[:, 1].max())

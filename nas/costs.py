@@ -1,0 +1,126 @@
+"""What a child costs in memory: weights + KV cache for a scenario + a stated reserve, in whole bytes.
+
+    bytes = parameters * weight bytes + batch * context * KV values per token * KV bytes + reserve
+
+GB is 1e9 bytes, GiB is 2^30. Tied embeddings count once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blocks.errors import ConfigError
+from blocks.shape import ModelShape
+from blocks.spec import Architecture, LayerSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the child must serve at once.
+
+    Attributes:
+        batch: sequences at a time.
+        context: tokens each of them holds in the KV cache.
+        weight_dtype, kv_dtype: "bfloat16", "float16" or "float32".
+        reserve_gb: GB kept free for activations, CUDA context and the like.
+    """
+
+    batch: int = 4
+    context: int = 2048
+    weight_dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    reserve_gb: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("weight_dtype", "kv_dtype"):
+            if getattr(self, name) not in DTYPE_BYTES:
+                known = ", ".join(DTYPE_BYTES)
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: not a dtype we price; known: {known}")
+        if self.reserve_gb < 0:
+            raise ConfigError(f"--reserve-gb must not be negative, not {self.reserve_gb}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one architecture in one scenario, by kind."""
+
+    parameters: int
+    fixed_bytes: int
+    attention_bytes: int
+    ffn_bytes: int
+    kv_bytes: int
+    reserve_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.fixed_bytes + self.attention_bytes + self.ffn_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.reserve_bytes
+
+    @property
+    def gb(self) -> float:
+        return self.total_bytes / 1e9
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"weight_bytes": self.weight_bytes, "total_bytes": self.total_bytes, "gb": self.gb}
+
+
+class CostModel:
+    """Prices layers and architectures of one parent in one scenario."""
+
+    def __init__(self, shape: ModelShape, scenario: Scenario) -> None:
+        self.shape, self.scenario = shape, scenario
+        self.weight_bytes = DTYPE_BYTES[scenario.weight_dtype]
+        self.kv_bytes_per_value = scenario.batch * scenario.context * DTYPE_BYTES[scenario.kv_dtype]
+
+    def layer_kv_bytes(self, layer: LayerSpec) -> int:
+        return self.shape.kv_values_per_token(layer.attention) * self.kv_bytes_per_value
+
+    def layer_bytes(self, layer: LayerSpec) -> int:
+        """Weights and KV cache of one layer."""
+        return self.shape.layer_parameters(layer) * self.weight_bytes + self.layer_kv_bytes(layer)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What no choice changes: embedding, head, final norm, and the reserve."""
+        return self.shape.fixed_parameters * self.weight_bytes + self.reserve_bytes
+
+    @property
+    def reserve_bytes(self) -> int:
+        return round(self.scenario.reserve_gb * 1e9)
+
+    def cost(self, architecture: Architecture) -> Cost:
+        attention = sum(self.shape.attention_parameters(layer.attention) for layer in architecture)
+        ffn = sum(self.shape.ffn_parameters(layer.ffn) for layer in architecture)
+        return Cost(
+            parameters=self.shape.parameters(architecture),
+            fixed_bytes=self.shape.fixed_parameters * self.weight_bytes,
+            attention_bytes=attention * self.weight_bytes,
+            ffn_bytes=ffn * self.weight_bytes,
+            kv_bytes=sum(self.layer_kv_bytes(layer) for layer in architecture),
+            reserve_bytes=self.reserve_bytes,
+        )
+
+    def budget_for_share(self, share: float) -> int:
+        """Bytes of the budget that keeps `share` of what can change: attention and FFN weights and KV cache."""
+        parent = self.cost(self.shape.parent_architecture)
+        return self.fixed_bytes + int(share * (parent.total_bytes - self.fixed_bytes))
+
+    def formula(self, architecture: Architecture) -> str:
+        """The budget formula filled in, in bytes, GB and GiB."""
+        cost, s = self.cost(architecture), self.scenario
+        values = sum(self.shape.kv_values_per_token(layer.attention) for layer in architecture)
+        kv_bytes = DTYPE_BYTES[s.kv_dtype]
+        return (
+            f"weights {cost.parameters:,} x {self.weight_bytes} B = {cost.weight_bytes:,} B"
+            f" + KV {s.batch} x {s.context:,} tokens x {values:,} values x {kv_bytes} B = {cost.kv_bytes:,} B"
+            f" + reserve {cost.reserve_bytes:,} B = {cost.total_bytes:,} B = {cost.gb:.4f} GB = {cost.total_bytes / 2**30:.4f} GiB"
+        )

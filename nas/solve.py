@@ -1,0 +1,95 @@
+"""The additive problem, solved exactly: one candidate per layer, least total score, total cost within the limit.
+
+A multiple-choice knapsack as a mixed-integer program for HiGHS (scipy). Costs are whole bytes; they are divided by their
+greatest common divisor, so that the solver's tolerances cannot let an architecture over the limit, and every answer is
+checked in integers all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from blocks.errors import InfeasibleBudgetError, NasError
+
+GAP = 1e-9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Layers x candidates: `scores[l][c]` (nats per token) and `costs[l][c]` (bytes); total cost at most `limit`."""
+
+    scores: Sequence[Sequence[float]]
+    costs: Sequence[Sequence[int]]
+    limit: int
+
+    def total_cost(self, choice: Sequence[int]) -> int:
+        return sum(costs[c] for costs, c in zip(self.costs, choice, strict=True))
+
+    def total_score(self, choice: Sequence[int]) -> float:
+        return sum(scores[c] for scores, c in zip(self.scores, choice, strict=True))
+
+    @property
+    def smallest_cost(self) -> int:
+        return sum(min(costs) for costs in self.costs)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One candidate index per layer; its score, its cost, and the proven lower bound of the score."""
+
+    choice: tuple[int, ...]
+    score: float
+    cost: int
+    bound: float
+
+
+def solve(problem: Problem, avoid: Sequence[Sequence[int]] = (), distance: int = 1) -> Solution | None:
+    """The proven optimum, at least `distance` layers away from every choice in `avoid`.
+
+    Returns None if `avoid` leaves nothing. Raises InfeasibleBudgetError if the limit alone cannot be met (its
+    `smallest_gb` counts the layers only: the caller adds what is fixed).
+    """
+    if problem.smallest_cost > problem.limit:
+        raise InfeasibleBudgetError("no choice fits", smallest_gb=problem.smallest_cost / 1e9, binding="memory")
+    sizes = [len(scores) for scores in problem.scores]
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    flat_scores = np.concatenate([np.asarray(s, dtype=float) for s in problem.scores])
+    flat_costs = [cost for costs in problem.costs for cost in costs]
+    unit = math.gcd(*flat_costs) or 1
+    scaled = np.array([cost // unit for cost in flat_costs], dtype=float)
+    columns = np.arange(len(flat_scores))
+    one_each = csr_matrix((np.ones(len(columns)), (np.repeat(np.arange(len(sizes)), sizes), columns)))
+    limit = problem.limit // unit
+    while True:
+        constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(scaled[None], -np.inf, limit + 0.5)]
+        for choice in avoid:
+            taken = np.zeros(len(columns))
+            taken[starts[:-1] + np.asarray(choice)] = 1
+            constraints.append(LinearConstraint(taken[None], -np.inf, len(sizes) - distance))
+        result = milp(flat_scores, constraints=constraints, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), options={"mip_rel_gap": GAP})
+        if result.status == 2:
+            return None
+        if result.x is None:
+            raise NasError(f"the solver gave up on the additive problem: {result.message}")
+        picked = tuple(int(np.argmax(result.x[a:b])) for a, b in zip(starts, starts[1:], strict=False))
+        cost = problem.total_cost(picked)
+        if cost <= problem.limit:
+            return Solution(picked, problem.total_score(picked), cost, float(result.mip_dual_bound))
+        limit -= cost // unit - problem.limit // unit  # a tolerance slipped through: tighten by what was over
+
+
+def solve_pool(problem: Problem, size: int, distance: int) -> list[Solution]:
+    """The optimum and up to size - 1 near-optima, each at least `distance` layers from all before it, best first."""
+    pool: list[Solution] = []
+    while len(pool) < size:
+        found = solve(problem, [solution.choice for solution in pool], distance)
+        if found is None:
+            break
+        pool.append(found)
+    return pool
