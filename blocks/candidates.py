@@ -18,8 +18,19 @@ import torch
 from torch import Tensor
 
 from blocks.fit import Statistics, contribution, greedy_order
-from blocks.layer import DOWN_PROJ, FFN_NORM, LINEAR_ATTENTION, LINEAR_FFN, O_PROJ, Weights
-from blocks.layer import ATTENTION_NORM, attention_context, ffn_activation, project, rms_norm
+from blocks.layer import (
+    ATTENTION_NORM,
+    DOWN_PROJ,
+    FFN_NORM,
+    LINEAR_ATTENTION,
+    LINEAR_FFN,
+    O_PROJ,
+    Weights,
+    attention_context,
+    ffn_activation,
+    project,
+    rms_norm,
+)
 from blocks.library import LayerLibrary
 from blocks.merge import MergeStatistics, mean_pool, merge_heads
 from blocks.spec import AttentionSpec, LayerSpec
@@ -45,7 +56,9 @@ class LayerFit:
 
 
 @torch.no_grad()
-def fit_layer(sweep: Sweep, weights: Weights, stream: Tensor, specs: Sequence[LayerSpec], config: FitConfig) -> LayerFit:
+def fit_layer(
+    sweep: Sweep, weights: Weights, stream: Tensor, specs: Sequence[LayerSpec], config: FitConfig
+) -> LayerFit:
     """Builds every candidate of `specs` for one layer.
 
     Args:
@@ -71,7 +84,9 @@ class _LayerBuilder:
         self.heads = AttentionSpec("kv", weights["self_attn.k_proj.weight"].shape[0] // self.math.head_dim)
         self.context = self._each(lambda h: attention_context(weights, h, self.math), stream)
         self.middle = stream + project(weights, "self_attn.o_proj", self.context)
-        self.output = self._each(lambda h: h + project(weights, "mlp.down_proj", ffn_activation(weights, h, self.math)), self.middle)
+        self.output = self._each(
+            lambda h: h + project(weights, "mlp.down_proj", ffn_activation(weights, h, self.math)), self.middle
+        )
         self.importance = 1.0 / self.output.float().pow(2).mean(-1).clamp_min(1e-12)
         self.importance /= self.importance.mean()
         self._merge: MergeStatistics | None = None
@@ -94,7 +109,9 @@ class _LayerBuilder:
         if spec.kind == "skip":
             return self.input, self.input
         if spec.kind == "linear":
-            normalised = self._each(lambda h: rms_norm(h, self.weights[ATTENTION_NORM], self.math.rms_norm_eps), self.input)
+            normalised = self._each(
+                lambda h: rms_norm(h, self.weights[ATTENTION_NORM], self.math.rms_norm_eps), self.input
+            )
             fitted = self._solve(normalised, self.middle - self.input, None)
             kept = self.library.put(spec, LINEAR_ATTENTION, fitted.T)
             return normalised, self.input + normalised @ kept.T

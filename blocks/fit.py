@@ -85,7 +85,8 @@ def greedy_order(gram: Tensor, cross: Tensor, first: int, block: int = SELECTION
         first: how many channels need a good order (the largest width below n).
     """
     c, r = gram.clone(), cross.clone()
-    floor = gram.diagonal().mean() * 1e-6
+    # What rounding leaves of an explained channel: it scales with the channel, and channels differ by orders of magnitude.
+    floor = gram.diagonal() * 1e-5 + gram.diagonal().mean() * 1e-6
     taken = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     chosen: list[Tensor] = []
     for start in range(0, first, block):
@@ -94,7 +95,7 @@ def greedy_order(gram: Tensor, cross: Tensor, first: int, block: int = SELECTION
         chosen.append(picks)
         taken[picks] = True
         inner = c[picks][:, picks]
-        inner.diagonal().add_(floor)
+        inner.diagonal().add_(floor[picks])
         solved = torch.cholesky_solve(torch.cat((c[picks], r[picks]), 1), torch.linalg.cholesky(inner))
         column = c[:, picks]
         c -= column @ solved[:, : len(gram)]

@@ -90,7 +90,9 @@ def _merge_keys(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeSta
         covariance = statistics.keys[:, heads, heads] * scale[:, :, None] * scale[:, None, :]
         component = torch.linalg.eigh(covariance).eigenvectors[:, :, -1]  # [E/2, group]
         # eigh leaves the phase open; fixed here so that a run and its resumed twin agree to the bit
-        component = component * (component.sum(1, keepdim=True).conj() / component.sum(1, keepdim=True).abs().clamp_min(1e-9))
+        component = component * (
+            component.sum(1, keepdim=True).conj() / component.sum(1, keepdim=True).abs().clamp_min(1e-9)
+        )
         into_shared[heads] = (component.conj() * scale).T
         into_queries[heads] = (component / scale).T.conj()
     per_head = into_queries.repeat_interleave(_rows(w, Q) // math.head_dim // parent_heads, dim=0)
@@ -125,7 +127,9 @@ def _merge_values(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeS
         for part, pieces in parts.items():
             if (values := w.get(f"{V}.{part}")) is not None:
                 pieces.append((reduce @ values[channels].float()).to(values.dtype))
-        shared_output[:, start : start + group] = torch.einsum("dghe,gef->dghf", output[:, start : start + group], restore)
+        shared_output[:, start : start + group] = torch.einsum(
+            "dghe,gef->dghf", output[:, start : start + group], restore
+        )
     for part, pieces in parts.items():
         if pieces:
             changed[f"{V}.{part}"] = torch.cat(pieces)

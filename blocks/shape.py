@@ -49,7 +49,11 @@ class ModelShape:
 
     def attention_parameters(self, spec: AttentionSpec) -> int:
         """Parameters of one attention with its input norm; 0 for a skip."""
-        hidden, q_out, kv_out = self.hidden_size, self.num_attention_heads * self.head_dim, spec.kv_heads * self.head_dim
+        hidden, q_out, kv_out = (
+            self.hidden_size,
+            self.num_attention_heads * self.head_dim,
+            spec.kv_heads * self.head_dim,
+        )
         if spec.kind == "skip":
             return 0
         if spec.kind == "linear":
@@ -80,7 +84,9 @@ class ModelShape:
     def check(self, layer: LayerSpec) -> None:
         """Raises ConfigError if `layer` cannot be cut from this parent."""
         if layer.attention.kind == "kv" and self.num_key_value_heads % layer.attention.kv_heads:
-            raise ConfigError(f"{layer.attention}: {layer.attention.kv_heads} does not divide the parent's {self.num_key_value_heads} KV heads")
+            raise ConfigError(
+                f"{layer.attention}: {layer.attention.kv_heads} does not divide the parent's {self.num_key_value_heads} KV heads"
+            )
         if layer.ffn.width > self.intermediate_size:
             raise ConfigError(f"{layer.ffn} is wider than the parent's {self.intermediate_size}")
         if layer.ffn.kind == "width" and layer.ffn.width % WIDTH_MULTIPLE and layer.ffn.width != self.intermediate_size:

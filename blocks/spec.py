@@ -37,7 +37,9 @@ class AttentionSpec:
             return cls(body)
         if match := re.fullmatch(r"kv([1-9]\d*)", body):
             return cls("kv", int(match[1]))
-        raise ConfigError(f"cannot read attention candidate {text!r}; write attention:kvN, attention:linear or attention:skip")
+        raise ConfigError(
+            f"cannot read attention candidate {text!r}; write attention:kvN, attention:linear or attention:skip"
+        )
 
     def __str__(self) -> str:
         return f"attention:kv{self.kv_heads}" if self.kind == "kv" else f"attention:{self.kind}"
@@ -117,4 +119,6 @@ class Architecture:
         try:
             return cls.from_list(json.loads(path.read_text())["layers"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is not an architecture file ({error}); run `nas search` to write one") from error
+            raise CheckpointError(
+                f"{path} is not an architecture file ({error}); run `nas search` to write one"
+            ) from error

@@ -103,4 +103,3 @@ class Sweep:
         for index in range(self.parent.shape.num_hidden_layers):
             stream = self.forward((layers or self.layer)(index), stream)
         return self.finish(stream)
-

@@ -3,30 +3,26 @@
     checkpoints/step-000123/   student.safetensors  optimizer.pt  rng.pt  state.json
     best/student.safetensors   the student of the lowest held-out KL; step and statistics in its metadata
 
-A checkpoint is written under another name, synced to disk and renamed, so a directory with the final name is
-complete. One process writes (rank 0); the student is a full state dict whatever the sharding.
+Written as `blocks.files` does it: a directory with the final name is complete. One process writes (rank 0); the
+student is a full state dict whatever the sharding.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blocks.errors import CheckpointError
-
-_PARTIAL = ".partial-"
+from blocks.files import clear_leftovers, remove_directory, replace_directory, save_tensors, write_tensors
 
 
 @dataclass
@@ -58,27 +54,15 @@ class CheckpointStore:
 
     def write(self, snapshot: Snapshot) -> Path:
         """Writes a checkpoint and removes the oldest beyond `keep_last`. Raises CheckpointError if it cannot."""
-        final, partial = self.path(snapshot.step), self._directory / f"{_PARTIAL}{snapshot.step:06d}"
-        state = {"step": snapshot.step} | snapshot.record
-        files: dict[str, Callable[[Path], Any]] = {
-            "student.safetensors": lambda path: save_file(snapshot.student, path),
-            "optimizer.pt": lambda path: torch.save(snapshot.optimizer, path),
-            "rng.pt": lambda path: torch.save(snapshot.rng, path),
-            "state.json": lambda path: path.write_text(json.dumps(state, indent=1)),
-        }
-        with _disk_errors(final, "older checkpoints are untouched", partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, write in files.items():
-                write(partial / name)
-                sync(partial / name)
-            sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync(self._directory)
+        path, state = self.path(snapshot.step), {"step": snapshot.step} | snapshot.record
+        with replace_directory(path) as new:
+            write_tensors(new / "student.safetensors", snapshot.student)
+            _write_torch(new / "optimizer.pt", snapshot.optimizer)
+            _write_torch(new / "rng.pt", snapshot.rng)
+            (new / "state.json").write_text(json.dumps(state, indent=1))
         for step in self._steps()[: -self._keep_last]:
-            self._remove(self.path(step))
-        return final
+            remove_directory(self.path(step))
+        return path
 
     def newest(self) -> Snapshot | None:
         """The newest checkpoint, on the CPU, or None. Raises CheckpointError if it is damaged."""
@@ -100,8 +84,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Removes what a crash left half written."""
-        for path in self._directory.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        clear_leftovers(self._directory)
 
     def clear(self) -> None:
         """Removes every checkpoint."""
@@ -111,22 +94,18 @@ class CheckpointStore:
         found = (re.fullmatch(r"step-(\d{6,})", path.name) for path in self._directory.glob("step-*"))
         return sorted(int(match[1]) for match in found if match)
 
-    def _remove(self, path: Path) -> None:
-        """Renames first: a removal cut off half-way must not leave a directory that looks complete."""
-        doomed = path.with_name(f"{_PARTIAL}{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+
+def _write_torch(path: Path, content: dict[str, Any]) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
 
 
 def write_best(path: Path, student: dict[str, Tensor], step: int, stats: dict[str, float]) -> None:
     """Replaces the best student by a new one, in one atomic rename; `step` and `stats` ride in its metadata."""
-    partial = path.with_suffix(".partial")
-    with _disk_errors(path, "the one before is untouched", partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(student, partial, metadata={"step": str(step), "stats": json.dumps(stats)})
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+    clear_leftovers(path.parent)
+    save_tensors(path, student, {"step": str(step), "stats": json.dumps(stats)})
 
 
 def read_best(path: Path) -> tuple[int, dict[str, float]]:
@@ -167,32 +146,7 @@ def load_best(student: nn.Module, path: Path) -> None:
     load_student(student, tensors, path)
 
 
-def sync(path: Path) -> None:
-    """Forces a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _tied_aliases(student: nn.Module) -> set[str]:
     """Names in the state dict that are second names of a parameter (a head tied to the embedding)."""
     every = {name for name, _ in student.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in student.named_parameters()}
-
-
-@contextmanager
-def _disk_errors(target: Path, reassurance: str, partial: Path) -> Iterator[None]:
-    """Turns a failed write (disk full, no permission) into one line, and removes what was half written."""
-    try:
-        yield
-    # torch and safetensors report a full disk as errors of their own
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {target}: {error}; {reassurance}. Free some space, then run again to resume"
-        ) from error

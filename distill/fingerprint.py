@@ -6,37 +6,26 @@ import hashlib
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from blocks.digest import sample_values
 from blocks.errors import CheckpointError
-
-_SAMPLES = 1024
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Digest of every parameter's name, shape and up to 1024 evenly spaced values.
+    """Digest of every parameter's name, shape and sampled values, whatever dtype it was loaded in.
 
-    Sampled, so that it takes no time on a large model; of values in fp32, so that the dtype it was loaded in does
-    not matter. Call it before training.
+    Call it before training.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        digest.update(flat[_spaced(flat.numel())].float().cpu().numpy().tobytes())
+        digest.update(name.encode() + sample_values(parameter))
     return digest.hexdigest()[:16]
 
 
 def pack_fingerprint(pack: np.ndarray) -> str:
-    """Digest of a token pack's size and up to 1024 evenly spaced tokens."""
-    flat = pack.reshape(-1)
-    sample = flat[_spaced(flat.size).numpy()].astype(np.int64)
-    return hashlib.sha256(f"{flat.size} ".encode() + sample.tobytes()).hexdigest()[:16]
-
-
-def _spaced(size: int) -> torch.Tensor:
-    return torch.arange(0, size, max(1, size // _SAMPLES))
+    """Digest of a token pack's shape and sampled tokens."""
+    return sample_values(pack).hex()[:16]
 
 
 def require_same_run(saved: dict[str, Any], present: dict[str, Any], where: str) -> None:

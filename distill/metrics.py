@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blocks.errors import CheckpointError
+from blocks.files import save_text, write_errors
 
 
 class MetricsLog:
@@ -25,27 +24,18 @@ class MetricsLog:
     def __init__(self, path: Path, keep_through: int) -> None:
         self._path = path
         kept = [line for line in _lines(path) if _step(line) <= keep_through]
-        rewritten = path.with_suffix(".jsonl.tmp")
-        try:
-            rewritten.write_text("".join(kept))
-            os.replace(rewritten, path)
+        save_text(path, "".join(kept))
+        with write_errors(path):
             self._file = path.open("a")
-        except OSError as error:
-            raise self._failure(error) from error
 
     def write(self, **values: Any) -> None:
         """Appends one line. Raises CheckpointError if the disk is full."""
-        try:
+        with write_errors(self._path):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from error
 
     def close(self) -> None:
         self._file.close()
-
-    def _failure(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot write {self._path}: {error.strerror or error}; free some space, then run again")
 
 
 def _lines(path: Path) -> list[str]:

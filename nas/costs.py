@@ -41,7 +41,9 @@ class Scenario:
         for name in ("weight_dtype", "kv_dtype"):
             if getattr(self, name) not in DTYPE_BYTES:
                 known = ", ".join(DTYPE_BYTES)
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: not a dtype we price; known: {known}")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: not a dtype we price; known: {known}"
+                )
         if self.reserve_gb < 0:
             raise ConfigError(f"--reserve-gb must not be negative, not {self.reserve_gb}")
 

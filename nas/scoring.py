@@ -88,7 +88,9 @@ def output_gradients(sweep: Sweep, reference: Reference, samples: int, seed: int
         expected = p.to(head.dtype) @ head
         labels = torch.multinomial(p, samples, replacement=True, generator=generator)  # [rows, K]
         for k in range(samples):
-            (flat_gradients[k, rows],) = torch.autograd.grad(hidden, stream, head[labels[:, k]] - expected, retain_graph=True)
+            (flat_gradients[k, rows],) = torch.autograd.grad(
+                hidden, stream, head[labels[:, k]] - expected, retain_graph=True
+            )
     return gradients
 
 
@@ -98,7 +100,7 @@ class CandidateOutputs:
 
     def __init__(self, library: LayerLibrary, specs: Sequence[LayerSpec]) -> None:
         self.parent = library.parent
-        self.groups: list[tuple[Weights, Tensor | None, list[tuple[int, LayerSpec, Weights]]]] = []
+        self.groups: list[tuple[Weights, Tensor | None, list[tuple[int, LayerSpec, dict[str, Tensor]]]]] = []
         for attention in dict.fromkeys(spec.attention for spec in specs):
             own = library.attention_weights(attention)
             order = library.order(attention) if library.has_order(attention) else None
@@ -182,12 +184,16 @@ def kl_to_parent(head: Tensor, parent: Tensor, children: Sequence[Tensor]) -> Te
 
 @torch.no_grad()
 def exact_scores(
-    sweep: Sweep, candidates: Sequence[tuple[LayerLibrary, Sequence[LayerSpec]]], first_layer: int, reference: Reference
+    sweep: Sweep,
+    candidates: Sequence[tuple[LayerLibrary, Sequence[LayerSpec]]],
+    layers: Sequence[int],
+    reference: Reference,
 ) -> list[Tensor]:
-    """True replace-one-block KL of candidates of consecutive layers, one suffix sweep for all of them.
+    """True replace-one-block KL of candidates of several layers, one suffix sweep for all of them.
 
     Args:
-        candidates: for layer first_layer + i, its library and the specs to score.
+        candidates: for each of `layers`, its library and the specs to score.
+        layers: rising layer indices.
         reference: the parent on the same text.
 
     Returns:
@@ -195,10 +201,11 @@ def exact_scores(
     """
     math = sweep.math(reference.hidden.shape[1])
     alive: list[Tensor] = []
-    for index in range(first_layer, sweep.parent.shape.num_hidden_layers):
+    starting = dict(zip(layers, candidates, strict=True))
+    for index in range(layers[0], sweep.parent.shape.num_hidden_layers):
         alive = [sweep.forward(sweep.layer(index), stream) for stream in alive]
-        if index - first_layer < len(candidates):
-            library, specs = candidates[index - first_layer]
+        if index in starting:
+            library, specs = starting[index]
             stream = reference.streams[index]
             changed = [torch.empty_like(stream) for _ in specs]
             outputs = CandidateOutputs(library, specs)

@@ -1,14 +1,19 @@
 """The additive problem, solved exactly: one candidate per layer, least total score, total cost within the limit.
 
-A multiple-choice knapsack as a mixed-integer program for HiGHS (scipy). Costs are whole bytes; they are divided by their
-greatest common divisor, so that the solver's tolerances cannot let an architecture over the limit, and every answer is
-checked in integers all the same.
+A multiple-choice knapsack as a mixed-integer program for HiGHS (scipy). Costs are whole bytes; each layer's are counted
+from its cheapest candidate and divided by their greatest common divisor, so that the solver's tolerances rarely matter.
+Every answer is checked in integers all the same, and one that a tolerance let over the limit is forbidden by name.
 """
 
 from __future__ import annotations
 
+import itertools
+import itertools
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,28 +65,53 @@ def solve(problem: Problem, avoid: Sequence[Sequence[int]] = (), distance: int =
     sizes = [len(scores) for scores in problem.scores]
     starts = np.concatenate(([0], np.cumsum(sizes)))
     flat_scores = np.concatenate([np.asarray(s, dtype=float) for s in problem.scores])
-    flat_costs = [cost for costs in problem.costs for cost in costs]
-    unit = math.gcd(*flat_costs) or 1
-    scaled = np.array([cost // unit for cost in flat_costs], dtype=float)
+    extra = [cost - min(costs) for costs in problem.costs for cost in costs]
+    unit = math.gcd(*extra) or 1
+    scaled = np.array([cost // unit for cost in extra], dtype=float)
+    limit = (problem.limit - problem.smallest_cost) // unit
     columns = np.arange(len(flat_scores))
     one_each = csr_matrix((np.ones(len(columns)), (np.repeat(np.arange(len(sizes)), sizes), columns)))
-    limit = problem.limit // unit
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(scaled[None], -np.inf, limit + 0.5)]
+
+    def keep_away(choice: Sequence[int], layers: int) -> None:
+        taken = np.zeros(len(columns))
+        taken[starts[:-1] + np.asarray(choice)] = 1
+        constraints.append(LinearConstraint(taken[None], -np.inf, len(sizes) - layers))
+
+    for choice in avoid:
+        keep_away(choice, distance)
     while True:
-        constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(scaled[None], -np.inf, limit + 0.5)]
-        for choice in avoid:
-            taken = np.zeros(len(columns))
-            taken[starts[:-1] + np.asarray(choice)] = 1
-            constraints.append(LinearConstraint(taken[None], -np.inf, len(sizes) - distance))
-        result = milp(flat_scores, constraints=constraints, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), options={"mip_rel_gap": GAP})
+        with _silent_stdout():
+            result = milp(
+                flat_scores,
+                constraints=constraints,
+                integrality=np.ones(len(columns), dtype=np.int64),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": GAP},
+            )
         if result.status == 2:
             return None
         if result.x is None:
             raise NasError(f"the solver gave up on the additive problem: {result.message}")
-        picked = tuple(int(np.argmax(result.x[a:b])) for a, b in zip(starts, starts[1:], strict=False))
+        picked = tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts))
         cost = problem.total_cost(picked)
         if cost <= problem.limit:
             return Solution(picked, problem.total_score(picked), cost, float(result.mip_dual_bound))
-        limit -= cost // unit - problem.limit // unit  # a tolerance slipped through: tighten by what was over
+        keep_away(picked, 1)  # a tolerance let it through: forbid this choice and no other
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS prints remarks of its own past Python's streams; standard output is for results (`--json`)."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def solve_pool(problem: Problem, size: int, distance: int) -> list[Solution]:

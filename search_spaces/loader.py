@@ -85,7 +85,9 @@ def available_spaces() -> dict[str, Path]:
 def load_space(name: str, target: str = "vllm") -> SearchSpace:
     """Loads a recipe by name or path for a target engine. Raises ConfigError on anything it does not know."""
     if target not in SERVES_LINEAR:
-        raise ConfigError(f"--target {target}: not known{_nearest(target, SERVES_LINEAR)}; known: {', '.join(SERVES_LINEAR)}")
+        raise ConfigError(
+            f"--target {target}: not known{_nearest(target, SERVES_LINEAR)}; known: {', '.join(SERVES_LINEAR)}"
+        )
     path = available_spaces().get(name, Path(name))
     if not path.is_file():
         raise ConfigError(f"--space {name}: no such recipe or file; recipes here: {', '.join(available_spaces())}")
@@ -106,7 +108,9 @@ def _space(path: Path, recipe: Any, target: str) -> SearchSpace:
         if wish == "if-served":
             return SERVES_LINEAR[target]
         if _flag(path, wish, f"{where}.linear") and not SERVES_LINEAR[target]:
-            raise ConfigError(f"{path}: {where}.linear: {target} does not serve linear replacements; use --target transformers")
+            raise ConfigError(
+                f"{path}: {where}.linear: {target} does not serve linear replacements; use --target transformers"
+            )
         return bool(wish)
 
     return SearchSpace(
@@ -129,7 +133,9 @@ def _section(path: Path, section: Any, name: str) -> dict[str, Any]:
         raise ConfigError(f"{where} must be a mapping with keys {', '.join(KEYS[name])}")
     for key in section:
         if key not in KEYS[name]:
-            raise ConfigError(f"{where}: unknown key {key!r}{_nearest(str(key), KEYS[name])}; known: {', '.join(KEYS[name])}")
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{_nearest(str(key), KEYS[name])}; known: {', '.join(KEYS[name])}"
+            )
     return section
 
 
@@ -140,10 +146,14 @@ def _flag(path: Path, value: Any, where: str) -> bool:
 
 
 def _numbers(path: Path, values: Any, where: str, kind: type) -> list[Any]:
-    good = isinstance(values, list) and all(isinstance(v, (int, kind)) and not isinstance(v, bool) and v > 0 for v in values)
+    good = isinstance(values, list) and all(
+        isinstance(v, (int, kind)) and not isinstance(v, bool) and v > 0 for v in values
+    )
     if not good:
-        raise ConfigError(f"{path}: {where} must be a list of positive {'shares' if kind is float else 'integers'}, not {values!r}")
-    if kind is float and any(v > 1 for v in values):
+        raise ConfigError(
+            f"{path}: {where} must be a list of positive {'shares' if kind is float else 'integers'}, not {values!r}"
+        )
+    if kind is float and values and max(values) > 1:
         raise ConfigError(f"{path}: {where} are shares of the parent's width, at most 1; for channels use ffn.widths")
     return values
 

@@ -1,0 +1,367 @@
+"""The `nas` command. Only this file knows the terminal; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    name="nas",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Turn a trained Llama into a smaller, faster child that fits a budget.
+
+Three steps, each going on from the last one's run directory:
+
+  [bold]nas score[/bold]                    build, fit and score the candidates of every layer
+  [bold]nas search --budget-gb 80[/bold]    choose one per layer for a budget; assemble the child
+  [bold]nas distill[/bold]                  heal the child by distilling from the parent
+
+Then [bold]nas show[/bold] draws the run. Every command can be stopped and started again; what is done is not done twice.""",
+)
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML file with sections run, data, score, search, scenario, distill.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU if there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Remove what this step made before, and start anew.")]
+DEFAULT_RUN = Path("runs/default")
+
+
+@app.command(
+    epilog="""Examples:
+
+nas score                                                 the embedded SmolLM2-135M on Python's documentation
+
+nas score --parent meta-llama/Llama-3.1-8B --data wiki.parquet --run runs/8b
+
+nas score --method both                                   every candidate exactly too; prints the rank correlation
+
+nas score --dry-run --json                                the plan, for machines"""
+)
+def score(
+    parent: Annotated[
+        str | None, typer.Option(help="Hugging Face directory or hub id, GGUF file, or embedded name (smollm2).")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: .txt, .jsonl, .parquet, a directory of them, a datasets id, or python-docs."),
+    ] = None,
+    run: RunOption = DEFAULT_RUN,
+    space: Annotated[str | None, typer.Option(help="Search space: a recipe's name or a YAML file.")] = None,
+    target: Annotated[str | None, typer.Option(help="Engine that must serve the child: vllm or transformers.")] = None,
+    method: Annotated[str | None, typer.Option(help="one-pass (guard set exact), exact, or both.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text in .jsonl, .parquet and datasets.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    fit_tokens: Annotated[int | None, typer.Option(help="Most tokens for fitting candidates.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Most tokens for scores.")] = None,
+    heldout_tokens: Annotated[int | None, typer.Option(help="Most tokens kept for measuring children.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="document, or sequence (leaks; only to compare with published setups).")
+    ] = None,
+    label_samples: Annotated[int | None, typer.Option(help="Labels drawn per token for one-pass scores.")] = None,
+    exact_tokens: Annotated[int | None, typer.Option(help="Calibration tokens for exact scores.")] = None,
+    exact_share: Annotated[float | None, typer.Option(help="Random share of candidates in the guard set.")] = None,
+    fit: Annotated[str | None, typer.Option(help="fitted, or cut (published initialisation, for comparison).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split, the labels and the guard set.")] = None,
+    recipe: RecipeOption = None,
+    device: DeviceOption = None,
+    restart: RestartOption = False,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Build, fit and score the candidates of every layer of a parent."""
+    from nas.config import DataConfig, RunConfig, ScoreConfig, build, load_recipe
+
+    place, sections = pick_device(device), load_recipe(recipe)
+    data_flags = {
+        "source": data,
+        "text_column": text_column,
+        "sequence_length": sequence_length,
+        "fit_tokens": fit_tokens,
+        "calibration_tokens": calibration_tokens,
+        "heldout_tokens": heldout_tokens,
+        "split": split,
+        "seed": seed,
+    }
+    score_flags = {
+        "method": method,
+        "fit": fit,
+        "label_samples": label_samples,
+        "exact_tokens": exact_tokens,
+        "exact_share": exact_share,
+        "seed": seed,
+    }
+    run_flags = {
+        "parent": parent,
+        "space": space,
+        "target": target,
+        "data": build(DataConfig, sections, data_flags, place.type),
+        "score": build(ScoreConfig, sections, score_flags, place.type),
+    }
+    config = build(RunConfig, sections, run_flags, place.type)
+
+    from blocks.parent import open_parent
+    from nas.run import create_run
+    from nas.score import run_score
+    from search_spaces import load_space
+
+    loaded_space = load_space(config.space, config.target)
+    opened = open_parent(config.parent)
+    if dry_run:
+        from nas.plan import plan_score
+
+        return emit(plan_score(config, opened.shape, loaded_space), as_json)
+    if restart:
+        empty(run)
+    summary = run_score(create_run(run, config, opened.fingerprint), opened, place, reporter(as_json))
+    if as_json:
+        return emit(summary, as_json)
+    from nas.show import correlation_line
+
+    typer.echo(f"{correlation_line(summary)}\n{run / 'scores.csv'} written in {summary['seconds']:.0f} s")
+    typer.echo(f"next: nas search --budget-gb GB{run_flag(run)}   (or --budget 0.6)")
+
+
+@app.command(
+    epilog="""Examples:
+
+nas search --budget-gb 80                                 weights + KV cache within 80 GB
+
+nas search --budget-gb 80 --batch 16 --context 32768      for 16 sequences of 32k tokens
+
+nas search --budget 0.6                                   60 % of the parent's attention, FFN and KV bytes"""
+)
+def search(
+    budget_gb: Annotated[float | None, typer.Option(help="Weights + KV cache + reserve, in GB (1e9 bytes).")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Instead: share of the parent's attention + FFN weights + KV cache.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences served at once.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of KV cache per sequence.")] = None,
+    weight_dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; the child is written in it.")
+    ] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    reserve_gb: Annotated[float | None, typer.Option(help="GB kept free for activations and the like.")] = None,
+    verify: Annotated[int | None, typer.Option(help="Near-optima to assemble and measure by true KL.")] = None,
+    verify_tokens: Annotated[int | None, typer.Option(help="Calibration tokens for true KL.")] = None,
+    refit: Annotated[bool | None, typer.Option(help="The closed-form refit sweep of assembled children.")] = None,
+    run: RunOption = DEFAULT_RUN,
+    recipe: RecipeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Choose one candidate per layer for a budget, and assemble the child."""
+    from nas.config import SearchConfig, build, load_recipe
+    from nas.costs import Scenario
+
+    sections = load_recipe(recipe)
+    search_flags = {
+        "budget_gb": budget_gb,
+        "budget": budget,
+        "verify": verify,
+        "verify_tokens": verify_tokens,
+        "refit": refit,
+    }
+    scenario_flags = {
+        "batch": batch,
+        "context": context,
+        "weight_dtype": weight_dtype,
+        "kv_dtype": kv_dtype,
+        "reserve_gb": reserve_gb,
+    }
+    place = pick_device(device)
+    config = build(SearchConfig, sections, search_flags, place.type)
+    scenario = build(Scenario, sections, scenario_flags, place.type)
+
+    from nas.search import load_candidates, run_search
+
+    opened_run, parent = open_run_and_parent(run)
+    if dry_run:
+        from nas.plan import plan_search
+
+        candidates = load_candidates(opened_run, parent.shape, config, scenario)
+        return emit(plan_search(config, scenario, parent.shape, candidates), as_json)
+    found = run_search(opened_run, parent, config, scenario, place, reporter(as_json))
+    if as_json:
+        return emit(found, as_json)
+    from rich.console import Console
+
+    from blocks.spec import Architecture
+    from nas.show import architecture_map, budget_lines, search_table
+
+    console = Console()
+    console.print(architecture_map(Architecture.from_list(found["layers"]), parent.shape))
+    console.print(budget_lines(found))
+    console.print(search_table(found))
+    typer.echo(f"{run / 'child'} written; next: nas distill{run_flag(run)}")
+
+
+@app.command(
+    epilog="""Examples:
+
+nas distill                                               sensible numbers for this device
+
+nas distill --tokens 20000000 --batch-sequences 32 --sequence-length 1024
+
+nas distill --run runs/8b                                 stopped? the same command goes on where it was"""
+)
+def distill(
+    tokens: Annotated[int | None, typer.Option(help="Training tokens in all.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_sequences: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; memory only.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; master weights are fp32 either way.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between held-out evaluations.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the training sequences.")] = None,
+    run: RunOption = DEFAULT_RUN,
+    recipe: RecipeOption = None,
+    device: DeviceOption = None,
+    restart: RestartOption = False,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Heal the child by distilling from the parent, and write it."""
+    from distill.config import DistillConfig
+    from nas.config import build, load_recipe
+
+    place = pick_device(device)
+    flags = {
+        "tokens": tokens,
+        "learning_rate": learning_rate,
+        "batch_sequences": batch_sequences,
+        "micro_batch": micro_batch,
+        "sequence_length": sequence_length,
+        "compute_dtype": compute_dtype,
+        "eval_every": eval_every,
+        "checkpoint_every": checkpoint_every,
+        "seed": seed,
+        "device": "cpu" if place.type == "cpu" else None,
+    }
+    config = build(DistillConfig, load_recipe(recipe), flags, place.type)
+
+    from nas.heal import forget_healing, run_distill
+
+    opened_run, parent = open_run_and_parent(run)
+    if dry_run:
+        from nas.plan import plan_distill
+
+        parameters = opened_run.read("architecture.json", "search")["cost"]["parameters"]
+        return emit(plan_distill(config, parent.shape, parameters), as_json)
+    if restart:
+        forget_healing(opened_run)
+    result = run_distill(opened_run, parent, config, place, reporter(as_json))
+    if as_json:
+        return emit(result, as_json)
+    from rich.console import Console
+
+    from nas.show import results
+
+    Console().print(results(result))
+    typer.echo(f"{run / 'healed'} written; see it all: nas show{run_flag(run)}")
+
+
+@app.command(
+    epilog="""Examples:
+
+nas show
+
+nas show --run runs/8b --json"""
+)
+def show(run: RunOption = DEFAULT_RUN, as_json: JsonOption = False) -> None:
+    """Print a run: candidates, scores, architecture map, budget, results, and where everything lies."""
+    opened_run, parent = open_run_and_parent(run)
+    if as_json:
+        made = {"scores": "score.json", "architecture": "architecture.json", "results": "results.json"}
+        content = {name: opened_run.read(file, "score") for name, file in made.items() if opened_run.has(file)}
+        return emit({"run": str(run), "parent": opened_run.config.parent} | content, as_json)
+    from rich.console import Console
+
+    from nas.show import render_run
+
+    render_run(opened_run, parent.shape, Console())
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The torch device of a flag. Raises ConfigError for one that is not there."""
+    import torch
+
+    from blocks.errors import ConfigError
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: not a device; write cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def open_run_and_parent(directory: Path) -> tuple[Any, Any]:
+    """A run and its parent. Raises CheckpointError if the parent's files changed since."""
+    from blocks.errors import CheckpointError
+    from blocks.parent import open_parent
+    from nas.run import open_run
+
+    run = open_run(directory)
+    parent = open_parent(run.config.parent)
+    if parent.fingerprint != run.fingerprint:
+        message = f"{directory} belongs to another parent: {run.config.parent} has changed ({parent.fingerprint}, was {run.fingerprint})"
+        raise CheckpointError(f"{message}; score it into another --run")
+    return run, parent
+
+
+def reporter(quiet: bool) -> Any:
+    from nas.progress import Reporter
+
+    return Reporter(quiet)
+
+
+def run_flag(run: Path) -> str:
+    return "" if run == DEFAULT_RUN else f" --run {run}"
+
+
+def empty(run: Path) -> None:
+    """Removes a run directory for --restart; never anything that is not one."""
+    import shutil
+
+    from blocks.errors import ConfigError
+
+    if run.exists():
+        if not (run / "config.yaml").exists():
+            raise ConfigError(f"--restart: {run} is not a run directory (it has no config.yaml); nothing was removed")
+        shutil.rmtree(run)
+
+
+def emit(content: dict[str, Any], as_json: bool) -> None:
+    """A plan or result: JSON for machines, `key: value` lines for people."""
+    if as_json:
+        typer.echo(json.dumps(content, indent=1))
+        return
+    for key, value in content.items():
+        typer.echo(
+            f"{key.replace('_', ' ')}: {value:,}"
+            if isinstance(value, int) and not isinstance(value, bool)
+            else f"{key.replace('_', ' ')}: {value}"
+        )

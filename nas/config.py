@@ -1,0 +1,186 @@
+"""What `nas score` and `nas search` are told: frozen dataclasses, defaults here and nowhere else.
+
+What the device changes (small on a CPU, large on a GPU) overrides these, a recipe (YAML) overrides that, and a flag
+overrides the recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from blocks.errors import ConfigError
+from distill.config import DistillConfig
+from nas.costs import Scenario
+from nas.data import DataConfig
+
+T = TypeVar("T")
+METHODS = ("one-pass", "exact", "both")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How candidates are built and scored."""
+
+    method: str = "one-pass"
+    """"one-pass" (with a guard set scored exactly), "exact" (every candidate), or "both" (every candidate, compared)."""
+    fit: str = "fitted"
+    """"fitted" in closed form, or "cut": the published initialisation, for comparison."""
+    pseudo_tokens: float = 100.0
+    """Weight of the cut matrix in each ridge fit, in tokens of mean channel energy."""
+    label_samples: int = 4
+    """Labels drawn per token for one-pass scores."""
+    exact_tokens: int = 8192
+    """Calibration tokens for exact scores."""
+    exact_share: float = 0.05
+    """Share of the candidates that are drawn at random into the guard set, beside skips and the first and last layer."""
+    seed: int = 0
+    """Of label sampling and of the guard set."""
+
+    def __post_init__(self) -> None:
+        require("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
+        require("fit", self.fit, self.fit in ("fitted", "cut"), "fitted or cut")
+        require("pseudo_tokens", self.pseudo_tokens, self.pseudo_tokens > 0, "above 0")
+        require("exact_share", self.exact_share, 0 <= self.exact_share <= 1, "between 0 and 1")
+        for name in ("label_samples", "exact_tokens"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What the child must meet and how it is looked for."""
+
+    budget_gb: float | None = None
+    """Weights + KV cache + reserve, in GB (1e9 bytes)."""
+    budget: float | None = None
+    """Instead of GB: the share of the parent's attention and FFN weights and KV cache to keep."""
+    verify: int = 8
+    """How many near-optima of the additive problem are assembled, refitted and measured by true KL."""
+    distance: int = 3
+    """In how many layers those differ from one another, at least."""
+    refit: bool = True
+    """Whether assembled children get the closed-form refit sweep."""
+    refit_pseudo_tokens: float = 1000.0
+    """Weight of the present matrices in the refit sweep, in tokens of mean channel energy."""
+    verify_tokens: int = 32_768
+    """Calibration tokens for the true KL of assembled children."""
+
+    def __post_init__(self) -> None:
+        if (self.budget_gb is None) == (self.budget is None):
+            raise ConfigError(
+                "give one budget: --budget-gb 80 (weights + KV cache in GB), or --budget 0.6 (share of the parent's)"
+            )
+        require("budget_gb", self.budget_gb, self.budget_gb is None or self.budget_gb > 0, "above 0")
+        require("budget", self.budget, self.budget is None or 0 < self.budget <= 1, "a share between 0 and 1")
+        require("distance", self.distance, self.distance >= 1, "at least 1")
+        require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
+        for name in ("verify", "verify_tokens"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings that a run directory belongs to, kept in its config.yaml."""
+
+    parent: str = "smollm2"
+    """A Hugging Face directory, a hub id, a GGUF file, or an embedded name."""
+    space: str = "default"
+    """A recipe of search_spaces/ by name, or a YAML file."""
+    target: str = "vllm"
+    """The engine that must serve the child."""
+    data: DataConfig = field(default_factory=DataConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+ON_CPU: dict[str, dict[str, Any]] = {
+    "data": {"fit_tokens": 12_288, "calibration_tokens": 4096, "heldout_tokens": 8192},
+    "score": {"label_samples": 2, "exact_tokens": 1024},
+    "search": {"verify": 2, "verify_tokens": 4096},
+    "distill": {
+        "tokens": 32_768,
+        "batch_sequences": 4,
+        "sequence_length": 512,
+        "micro_batch": 2,
+        "eval_tokens": 2048,
+        "eval_every": 8,
+    },
+}
+ON_GPU: dict[str, dict[str, Any]] = {
+    "distill": {
+        "tokens": 10_000_000,
+        "batch_sequences": 32,
+        "sequence_length": 1024,
+        "micro_batch": 8,
+        "learning_rate": 6e-4,
+        "compute_dtype": "bfloat16",
+        "chunk_tokens": 4096,
+    },
+}
+
+
+def require(name: str, value: object, valid: bool, wanted: str) -> None:
+    if not valid:
+        raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunConfig,
+    "data": DataConfig,
+    "score": ScoreConfig,
+    "search": SearchConfig,
+    "scenario": Scenario,
+    "distill": DistillConfig,
+}
+
+
+def load_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Reads a recipe: sections run, data, score, search, scenario, distill, each with keys of its dataclass.
+
+    Raises ConfigError for a file that is not there or not YAML, and for an unknown section or key, with the nearest one.
+    """
+    if path is None:
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    sections = _mapping(path, "the recipe", recipe, list(SECTIONS))
+    for name, section in sections.items():
+        known = [f.name for f in fields(SECTIONS[name]) if f.name not in SECTIONS]
+        _mapping(path, name, section, known)
+    return sections
+
+
+def _mapping(path: Path, where: str, value: Any, known: list[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {where} must be a mapping with keys {', '.join(known)}")
+    for key in value:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"{path}: {where}: unknown key {key!r}{hint}; known: {', '.join(known)}")
+    return value
+
+
+def build(kind: type[T], recipe: dict[str, dict[str, Any]], flags: dict[str, Any], device: str) -> T:
+    """A config of `kind` out of defaults, those of the device ("cpu" or another), its recipe section, and given flags."""
+    section = next(name for name, known in SECTIONS.items() if known is kind)
+    by_device = (ON_CPU if device == "cpu" else ON_GPU).get(section, {})
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = by_device | recipe.get(section, {}) | given
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON and YAML values."""
+    assert is_dataclass(config) and not isinstance(config, type)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

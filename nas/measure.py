@@ -1,0 +1,56 @@
+"""Held-out measurements of checkpoints as they lie on disk, through transformers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blocks.checkpoint import load_child
+from blocks.parent import Parent
+from distill.evaluation import evaluate
+from nas.progress import Reporter
+
+MOST_TOKENS = {"cpu": 8192}
+
+
+def load_parent_model(parent: Parent, device: torch.device) -> torch.nn.Module:
+    """The parent as transformers loads it, fp32, without gradients."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours says what is going on
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(parent.path, dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def measure(
+    parent: Parent, children: Mapping[str, Path], heldout: np.ndarray, device: torch.device, reporter: Reporter
+) -> dict[str, Any]:
+    """KL to the parent (nats per token), perplexity and top-1 agreement of children on held-out text.
+
+    Args:
+        children: directories by name.
+        heldout: token pack [sequences, S]; on a CPU about 8,192 tokens of it, spread evenly.
+
+    Returns:
+        {"tokens": N, "parent": {"perplexity": ...}, NAME: {"kl": ..., "perplexity": ..., "top1_agreement": ...}, ...}
+    """
+    result: dict[str, Any] = {}
+    with reporter.task("Measuring on held-out text", len(children)) as advance:
+        teacher = load_parent_model(parent, device)
+        for name, directory in children.items():
+            student = load_child(directory, device=device)
+            tokens = MOST_TOKENS.get(device.type, 0)
+            stats = evaluate(teacher, student, heldout, sequence_length=heldout.shape[1], tokens=tokens)
+            result |= {"tokens": stats.tokens, "parent": {"perplexity": stats.teacher_perplexity}}
+            result[name] = {
+                "kl": stats.kl,
+                "perplexity": stats.student_perplexity,
+                "top1_agreement": stats.top1_agreement,
+            }
+            advance()
+    return result

@@ -1,0 +1,165 @@
+"""`nas show`: a run on the terminal: score table, architecture map, budget, results."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from blocks.shape import ModelShape
+from blocks.spec import Architecture, AttentionSpec, FFNSpec
+from nas.run import Run
+from nas.table import load_table
+
+# Share of the parent's cost kept, from nothing to all: background colours that read on light and dark terminals.
+SHADES = ((0.001, "grey37"), (0.34, "dark_orange3"), (0.67, "gold3"), (0.999, "chartreuse4"), (9.0, "dark_green"))
+
+
+def render_run(run: Run, shape: ModelShape, console: Console) -> None:
+    """Prints what the run holds so far."""
+    console.print(
+        f"[bold]{run.directory}[/bold]  parent {run.config.parent} ({run.fingerprint}), text {run.config.data.source}, space {run.config.space}"
+    )
+    if run.has("scores.csv"):
+        console.print(scores_summary(run))
+    if run.has("architecture.json"):
+        found = run.read("architecture.json", "search")
+        console.print(architecture_map(Architecture.from_list(found["layers"]), shape))
+        console.print(budget_lines(found))
+    if run.has("results.json"):
+        console.print(results(run.read("results.json", "distill")))
+    elif run.has("architecture.json"):
+        console.print(search_table(run.read("architecture.json", "search")))
+    console.print(paths(run))
+
+
+def scores_summary(run: Run) -> RenderableType:
+    """Candidates with their median and largest score over the layers."""
+    made = run.read("score.json", "score")
+    table = Table(title="Scores: KL to the parent with one layer replaced, nats per token", title_justify="left")
+    for name in ("candidate", "layers", "median", "largest", "at layer", "exact"):
+        table.add_column(name, justify="left" if name == "candidate" else "right")
+    by_spec: dict[str, list[Any]] = {}
+    for rows in load_table(run.path("scores.csv")):
+        for row in rows:
+            if row.source != "parent":
+                by_spec.setdefault(str(row.spec), []).append(row)
+    for spec, rows in by_spec.items():
+        worst = max(rows, key=lambda row: row.score)
+        middle = statistics.median(row.score for row in rows)
+        exact = sum(row.source == "exact" for row in rows)
+        table.add_row(spec, str(len(rows)), f"{middle:.4f}", f"{worst.score:.4f}", str(worst.layer), str(exact))
+    return Group(table, Text(correlation_line(made)))
+
+
+def correlation_line(made: dict[str, Any]) -> str:
+    """How the one-pass scores compare with the exact ones, in words."""
+    correlation = made["rank_correlation"]
+    if correlation["spearman"] is None:
+        return f"{made['candidates']} candidates, {made['exact']} of them scored exactly"
+    return (
+        f"{made['candidates']} candidates, {made['exact']} of them scored exactly; "
+        f"rank correlation of one-pass with exact on {correlation['candidates']}: {correlation['spearman']:.3f}"
+    )
+
+
+def architecture_map(architecture: Architecture, shape: ModelShape) -> RenderableType:
+    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's cost kept."""
+    lines: list[RenderableType] = []
+    columns = 30
+    for start in range(0, len(architecture), columns):
+        part = range(start, min(start + columns, len(architecture)))
+        header, attention, ffn = Text("layer     "), Text("attention "), Text("ffn       ")
+        for index in part:
+            spec = architecture[index]
+            header.append(f"{index:>4} ", style="dim")
+            attention.append(
+                *_cell(_attention_label(spec.attention), spec.attention.kv_heads / shape.num_key_value_heads)
+            )
+            ffn.append(*_cell(_ffn_label(spec.ffn), spec.ffn.width / shape.intermediate_size))
+        lines += [header, attention, ffn]
+    legend = Text("attention: KV heads, ffn: channels, lin: one matrix, -: skipped; share kept: ")
+    for (_, colour), label in zip(SHADES, ("none", "to 1/3", "to 2/3", "below all", "all"), strict=True):
+        legend.append(f" {label} ", style=f"white on {colour}")
+        legend.append(" ")
+    return Group(*lines, legend)
+
+
+def _attention_label(spec: AttentionSpec) -> str:
+    return {"kv": f"kv{spec.kv_heads}", "linear": "lin", "skip": "-"}[spec.kind]
+
+
+def _ffn_label(spec: FFNSpec) -> str:
+    label = f"{spec.width}" if spec.width < 10_000 else f"{spec.width / 1000:.0f}k"
+    return {"width": label, "linear": "lin", "skip": "-"}[spec.kind]
+
+
+def _cell(label: str, share: float) -> tuple[str, str]:
+    colour = next(colour for bound, colour in SHADES if share <= bound)
+    return f"{label:^5}", f"white on {colour}"
+
+
+def budget_lines(found: dict[str, Any]) -> RenderableType:
+    """The budget, the formula with its numbers, and how the search ended."""
+    cost, parent = found["cost"], found["parent_cost"]
+    best = min(found["trials"], key=lambda trial: trial["kl"])
+    return Text(
+        f"budget  {found['budget_bytes']:,} B = {found['budget_gb']:.4f} GB = {found['budget_bytes'] / 2**30:.4f} GiB\n"
+        f"child   {found['formula']}\n"
+        f"parent  {parent['total_bytes']:,} B = {parent['gb']:.4f} GB; the child keeps {cost['total_bytes'] / parent['total_bytes']:.1%}\n"
+        f"search  additive optimum {found['optimum']['score']:.4f}, proven bound {found['optimum']['bound']:.4f}; "
+        f"best child predicted {best['predicted_kl']:.4f}, true KL {best['kl']:.4f} on calibration text"
+    )
+
+
+def search_table(found: dict[str, Any]) -> RenderableType:
+    """Parent, uniform baseline and child on held-out text."""
+    heldout = found["heldout"]
+    rows = [{"name": "parent", **_size(found["parent_cost"]), "kl": 0.0, **heldout["parent"]}]
+    if found["uniform_cost"] is not None:
+        rows.append({"name": "uniform baseline", **_size(found["uniform_cost"]), **heldout["uniform"]})
+    rows.append({"name": "child before healing", **_size(found["cost"]), **heldout["child"]})
+    return results_table(rows, heldout["tokens"])
+
+
+def _size(cost: dict[str, Any]) -> dict[str, Any]:
+    return {"parameters": cost["parameters"], "gb": cost["gb"]}
+
+
+def results_table(rows: list[dict[str, Any]], tokens: int) -> Table:
+    """A table of models: parameters, GB, KL to the parent and perplexity."""
+    table = Table(title=f"On {tokens:,} held-out tokens", title_justify="left")
+    for name in ("model", "parameters", "GB", "KL to parent", "perplexity"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        table.add_row(
+            row["name"], f"{row['parameters']:,}", f"{row['gb']:.4f}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}"
+        )
+    return table
+
+
+def results(found: dict[str, Any]) -> RenderableType:
+    """The final table and a sample of the healed child's text."""
+    sample = found["sample"]
+    return Group(
+        results_table(found["rows"], found["heldout_tokens"]),
+        Text.assemble(("healed child: ", "bold"), (sample["prompt"], "italic"), sample["text"]),
+    )
+
+
+def paths(run: Run) -> RenderableType:
+    """What the run has made and where it lies."""
+    made = {
+        "scores.csv": "score table",
+        "architecture.json": "architecture",
+        "child": "child before healing",
+        "uniform": "uniform baseline",
+        "healed": "healed child",
+        "distill/metrics.jsonl": "healing metrics",
+        "results.json": "results",
+    }
+    lines = [f"{what:<22}{run.path(name)}" for name, what in made.items() if run.has(name)]
+    return Text("\n".join(lines))
