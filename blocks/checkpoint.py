@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from blocks.child.layout import (
@@ -24,13 +22,15 @@ from blocks.child.layout import (
     as_config,
     child_config,
     expected_tensors,
-    parent_shape,
     read_architecture,
     read_config,
+    shape_of,
 )
-from blocks.errors import CheckpointError
+from blocks.errors import CheckpointError, some_of
+from blocks.files import replace_directory, write_tensors
 from blocks.shape import ModelShape
 from blocks.spec import Architecture
+from blocks.weights import EMBEDDING, HEAD, INDEX, SINGLE, WeightStore
 
 if TYPE_CHECKING:
     from blocks.child.modeling_decilm import DeciLMForCausalLM
@@ -46,7 +46,6 @@ __all__ = [
 ]
 
 SHARD_BYTES = 5_000_000_000
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_CODE = ("configuration_decilm.py", "modeling_decilm.py")
 COPIED_FILES = (
     "tokenizer.json",
@@ -59,7 +58,6 @@ COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def write_child(
@@ -88,38 +86,14 @@ def write_child(
     parent_config = as_config(read_config(parent_dir))
     config = child_config(parent_config, architecture, dtype)
     pairs = state_dict.items() if isinstance(state_dict, Mapping) else state_dict
-    with _replacing(path) as directory:
-        _write_shards(directory, _fitted(pairs, parent_shape(parent_config), architecture), dtype, shard_bytes)
+    with replace_directory(path) as directory:
+        _write_shards(directory, _fitted(pairs, shape_of(parent_config), architecture), dtype, shard_bytes)
         (directory / "config.json").write_text(config.to_json_string())
         for name in MODEL_CODE:
             shutil.copyfile(Path(__file__).parent / "child" / name, directory / name)
         for name in COPIED_FILES:
             if (parent_dir / name).is_file():
                 shutil.copyfile(parent_dir / name, directory / name)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives an empty directory that takes the place of `path` at the end, and is removed if anything fails.
-
-    The names are fixed, so that what a killed process left behind is cleared by the next one.
-    """
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        new.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; check the disk and run the same command again") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fitted(
@@ -143,7 +117,7 @@ def _fitted(
             raise CheckpointError(f"{name} has shape {list(tensor.shape)}, the architecture needs {list(size)}")
         yield name, _zero_padded(tensor, size)
     if missing := [name for name in awaited if name in given]:
-        raise CheckpointError(f"tensors are missing: {_some(missing)}")
+        raise CheckpointError(f"tensors are missing: {some_of(missing)}")
     if len(tables) == 2 and not torch.equal(tables[HEAD], tables[EMBEDDING]):
         raise CheckpointError(f"{HEAD} differs from {EMBEDDING}, but the parent ties them")
     # What is still awaited are biases that the parent does not have and the published form cannot leave out.
@@ -164,7 +138,7 @@ def _write_shards(directory: Path, pairs: Iterable[tuple[str, Tensor]], dtype: s
     total = filled = 0
 
     def flush() -> None:
-        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        write_tensors(directory / f"shard-{len(shards)}", shard)
         shards.append(list(shard))
         shard.clear()
 
@@ -201,37 +175,7 @@ def check_child(path: Path | str) -> None:
     Raises:
         CheckpointError: if a file is damaged or absent, or a tensor is missing, left over or of another shape.
     """
-    path = Path(path)
-    needed, found = expected_tensors(*read_architecture(path)), _stored_shapes(path)
-    faults = {
-        "missing": sorted(needed.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - needed.keys()),
-        "of another shape": sorted(name for name in needed.keys() & found.keys() if needed[name] != found[name]),
-    }
-    if any(faults.values()):
-        texts = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
-        raise CheckpointError(f"{path} does not fit its config.json ({'; '.join(texts)}); copy or write it again")
-
-
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the safetensors files of a checkpoint."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}; copy or write it again") from error
-    return shapes
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if not (path / INDEX).is_file():
-        return [path / SINGLE]
-    try:
-        return [path / name for name in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / INDEX} is not an index of tensors ({error}); copy or write it again") from error
+    WeightStore(path).check(expected_tensors(*read_architecture(path)), only=True)
 
 
 def load_child(
@@ -257,7 +201,3 @@ def load_child(
     if device is not None:
         nn.Module.to(model, device)
     return model
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

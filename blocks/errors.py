@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class NasError(Exception):
     """Base of all errors shown to the user without a traceback. `exit_code` is the process's exit status."""
@@ -26,7 +28,7 @@ class UnsupportedModelError(NasError):
 
 
 class CheckpointError(NasError):
-    """A checkpoint or run directory that is damaged, incomplete or of another parent."""
+    """A checkpoint or run directory that is damaged, incomplete, of another parent, or that cannot be written."""
 
 
 class InfeasibleBudgetError(NasError):
@@ -43,3 +45,8 @@ class InfeasibleBudgetError(NasError):
         super().__init__(message)
         self.smallest_gb = smallest_gb
         self.binding = binding
+
+
+def some_of(items: Sequence[str], limit: int = 3) -> str:
+    """The first few of many names, for a message: "a, b, c and 7 more"."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

@@ -1,7 +1,7 @@
 """Files and directories that are either whole or absent, whatever happens: write beside, sync to disk, rename.
 
     write_atomically(path, write)       one file, by any function that writes one
-    save_json, save_text, save_tensors  the usual ones
+    save_json, save_text, save_array, save_tensors
     replace_directory(path)             a whole directory
 
 Beside `path` lie `.NAME.PID.tmp` (a file being written), `.NAME.tmp` (a directory being written or removed) and `.NAME.old`
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from blocks.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 REMEDY = "what was there is untouched. Free some space, then run the same command again"
@@ -56,6 +57,17 @@ def save_json(path: Path, content: Any) -> None:
 
 def save_text(path: Path, content: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Saves a .npy file."""
+    import numpy as np
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, numpy would append .npy to it
+            np.save(file, array)
+
+    write_atomically(path, write)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -100,8 +112,9 @@ def replace_directory(path: Path, remedy: str = REMEDY) -> Iterator[Path]:
 
 def remove_directory(path: Path) -> None:
     """Renames first: a removal cut off half-way must not leave a directory that looks whole."""
-    doomed = path.rename(_temporary(path))
-    shutil.rmtree(doomed, ignore_errors=True)
+    _settle(path)
+    with write_errors(path):
+        shutil.rmtree(path.rename(_temporary(path)), ignore_errors=True)
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -109,7 +122,7 @@ def clear_leftovers(directory: Path) -> None:
     for leftover in [*directory.glob(".*.tmp"), *directory.glob(".*.old")]:
         if leftover.is_dir():
             _settle(leftover.with_name(leftover.name[1:].rpartition(".")[0]))
-        else:
+        elif leftover.suffix == ".tmp":
             leftover.unlink(missing_ok=True)
 
 

@@ -58,9 +58,15 @@ class Statistics:
         longest = order[: max(widths)]
         ridge = self.ridge(pseudo_tokens)
         gram = self.gram[longest][:, longest].double()
-        gram.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(gram)
-        target = self.cross[longest].double() + ridge * prior[longest].double()
+        hold = torch.full_like(gram.diagonal(), ridge)
+        gram.diagonal().add_(hold)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:  # huge collinear channels (those of the first token) whose fp32 rounding outweighs the ridge
+            more = gram.diagonal() * 1e-5
+            hold += more
+            gram.diagonal().add_(more)
+            factor = torch.linalg.cholesky(gram)
+        target = self.cross[longest].double() + hold[:, None] * prior[longest].double()
         forward = torch.linalg.solve_triangular(factor, target, upper=False)
         return [
             torch.linalg.solve_triangular(factor[:w, :w].mT, forward[:w], upper=True).float() for w in widths
@@ -73,7 +79,7 @@ def contribution(gram: Tensor, output: Tensor) -> Tensor:
 
 
 def greedy_order(gram: Tensor, cross: Tensor, first: int, block: int = SELECTION_BLOCK) -> Tensor:
-    """Channels [n] sorted so that each prefix explains the targets well: block orthogonal matching pursuit.
+    """Channels [n] sorted so that each prefix explains the targets well: orthogonal least squares, a block at a time.
 
     A channel's gain is the squared error it would remove given those already chosen, ||r_i||^2 / c_ii with r the cross
     and c the Gram after projecting the chosen ones out; the best `block` are taken at a time, then both are updated.

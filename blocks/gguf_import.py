@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,13 @@ import numpy as np
 from blocks.digest import sample_file
 from blocks.errors import CheckpointError, ConfigError, UnsupportedModelError
 from blocks.families import family_of
+from blocks.files import replace_directory, write_errors, write_tensors
+from blocks.weights import HEAD, SINGLE
 
 logger = logging.getLogger(__name__)
 _CONVERSION = 1  # raise it when the same GGUF file would be converted into something else
 _HEAD_BYTES = 1 << 20
+_REMEDY = "free some space, or set MARQUETRY_CACHE to another place"
 
 
 def cache_directory() -> Path:
@@ -43,9 +45,9 @@ def import_gguf(file: Path, name: str) -> Path:
         name: how the directory's name begins.
 
     Raises:
-        ConfigError: if the `gguf` package is missing or the cache cannot be written.
+        ConfigError: if the `gguf` package is missing.
         UnsupportedModelError: if the model cannot be a parent.
-        CheckpointError: if the file is damaged.
+        CheckpointError: if the file is damaged or the cache cannot be written.
     """
     from filelock import FileLock
 
@@ -54,24 +56,15 @@ def import_gguf(file: Path, name: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     directory = cache_directory() / f"{name}-v{_CONVERSION}-{digest}"
-    partial = directory.with_name(f".{directory.name}.partial")
     if directory.is_dir():
         return directory
     _require_gguf(file)
-    try:
+    with write_errors(directory, _REMEDY):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_name(f".{directory.name}.lock")):
             if not directory.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
                 logger.info("converting %s, once, into %s", file, directory)
-                _convert(file, partial)
-                partial.rename(directory)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot convert {file} into {directory}: {error}; free some space, or set MARQUETRY_CACHE to another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                _convert(file, directory)
     return directory
 
 
@@ -82,7 +75,6 @@ def _require_gguf(file: Path) -> None:
 
 def _convert(file: Path, directory: Path) -> None:
     """Writes config.json, model.safetensors and the tokenizer of `file` into a new `directory`."""
-    from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
     _refuse_lost_tensors(file)
@@ -92,10 +84,10 @@ def _convert(file: Path, directory: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:  # the converters raise whatever the file's contents trip over
             raise CheckpointError(f"{file} has no tokenizer that transformers can convert ({error!r})") from error
-        directory.mkdir()
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        with replace_directory(directory, _REMEDY) as new:
+            write_tensors(new / SINGLE, tensors)
+            config.save_pretrained(new)
+            tokenizer.save_pretrained(new)
 
 
 def _load(file: Path) -> tuple[Any, dict[str, Any]]:
@@ -111,7 +103,7 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
             file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
         )
         model, report = loaded
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"transformers cannot convert {file} ({error!r}); give a safetensors directory"
         ) from error
@@ -126,8 +118,8 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
     config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))  # 9.999999747e-06 was 1e-05 before GGUF's fp32
     state = model.state_dict()
     if shape.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    return config, {name: tensor.contiguous() for name, tensor in state.items()}
+        state.pop(HEAD, None)
+    return config, state
 
 
 def _refuse_lost_tensors(file: Path) -> None:
@@ -136,7 +128,7 @@ def _refuse_lost_tensors(file: Path) -> None:
 
     try:
         names = {tensor.name for tensor in GGUFReader(file).tensors}
-    except (ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(f"{file} is not a whole GGUF file ({error}); copy or download it again") from error
     if "rope_freqs.weight" in names:
         raise UnsupportedModelError(

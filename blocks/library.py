@@ -63,19 +63,24 @@ class LayerLibrary:
             return {}
         own = self.own(spec)
         if spec.kind == "linear":
+            if LINEAR_ATTENTION not in own:
+                raise _not_built(spec)
             return {ATTENTION_NORM: self.parent[ATTENTION_NORM], LINEAR_ATTENTION: own[LINEAR_ATTENTION]}
         kept = {k: v for k, v in self.parent.items() if k.startswith("self_attn.") or k == ATTENTION_NORM}
         return kept | own
 
     def layer_weights(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """All tensors of one candidate layer, ready for `layer_forward`."""
+        """All tensors of one candidate layer, ready for `layer_forward`. Raises CheckpointError if it was never built."""
         weights = self.attention_weights(spec.attention)
         own = self.own(spec)
+        narrower = spec.ffn.kind == "width" and spec.ffn.width < self.parent[DOWN_PROJ].shape[1]
+        if (narrower and DOWN_PROJ not in own) or (spec.ffn.kind == "linear" and LINEAR_FFN not in own):
+            raise _not_built(spec)
         if spec.ffn.kind == "linear":
             weights |= {FFN_NORM: self.parent[FFN_NORM], LINEAR_FFN: own[LINEAR_FFN]}
         elif spec.ffn.kind == "width":
             weights |= {k: v for k, v in self.parent.items() if k.startswith("mlp.") or k == FFN_NORM}
-            if DOWN_PROJ in own and spec.ffn.width < self.parent[DOWN_PROJ].shape[1]:
+            if narrower:
                 channels = self.order(spec.attention)[: spec.ffn.width]
                 for name in ("gate_proj", "up_proj"):
                     weights |= {k: v[channels] for k, v in weights.items() if k.startswith(f"mlp.{name}.")}
@@ -84,6 +89,10 @@ class LayerLibrary:
     @property
     def _dtype(self) -> torch.dtype:
         return next(iter(self.parent.values())).dtype
+
+
+def _not_built(spec: AttentionSpec | LayerSpec) -> CheckpointError:
+    return CheckpointError(f"the block library holds no {spec}; run `nas score` with a recipe that lists it")
 
 
 class BlockLibrary:

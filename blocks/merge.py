@@ -90,9 +90,8 @@ def _merge_keys(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeSta
         covariance = statistics.keys[:, heads, heads] * scale[:, :, None] * scale[:, None, :]
         component = torch.linalg.eigh(covariance).eigenvectors[:, :, -1]  # [E/2, group]
         # eigh leaves the phase open; fixed here so that a run and its resumed twin agree to the bit
-        component = component * (
-            component.sum(1, keepdim=True).conj() / component.sum(1, keepdim=True).abs().clamp_min(1e-9)
-        )
+        strongest = component.gather(1, component.abs().argmax(1, keepdim=True))
+        component = component * (strongest.conj() / strongest.abs())
         into_shared[heads] = (component.conj() * scale).T
         into_queries[heads] = (component / scale).T.conj()
     per_head = into_queries.repeat_interleave(_rows(w, Q) // math.head_dim // parent_heads, dim=0)
@@ -144,5 +143,5 @@ def _rows(w: Weights, name: str) -> int:
 def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root of a positive semidefinite matrix and its regularised inverse."""
     values, vectors = torch.linalg.eigh(metric)
-    values = values.clamp_min(values.max() * 1e-6).sqrt()
+    values = values.clamp_min(values.max().clamp_min(1e-30) * 1e-6).sqrt()
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T

@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blocks.errors import CheckpointError, UnsupportedModelError
+from blocks.errors import CheckpointError, UnsupportedModelError, some_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that old exporters left behind
+_AGAIN = "copy, download or write it again"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -65,7 +66,7 @@ class WeightStore:
         try:
             tensor: Tensor = self._handles[name].get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {name} from {self.path}: {error}; copy or download it again") from error
+            raise CheckpointError(f"cannot read {name} from {self.path}: {error}; {_AGAIN}") from error
         return tensor.to(device=device, dtype=dtype)
 
     def layer(
@@ -92,23 +93,27 @@ class WeightStore:
         """[vocab_size, hidden_size], as stored; the embedding where no head is stored."""
         return self.get(HEAD if HEAD in self.shapes else EMBEDDING)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]] | Iterable[str]) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]] | Iterable[str], only: bool = False) -> None:
         """Raises CheckpointError naming the first few of `expected` that are missing or of another shape.
 
         Args:
-            expected: names, or names with their shapes. Tensors that are not expected are left alone.
+            expected: names, or names with their shapes.
+            only: refuse tensors that are not expected, too, instead of leaving them alone.
         """
-        missing = [name for name in expected if name not in self.shapes]
-        if missing:
-            raise CheckpointError(f"{self.path} lacks {_some(missing)}; copy or download it again")
-        if isinstance(expected, Mapping):
-            wrong = [
-                f"{name} {list(self.shapes[name])} instead of {list(shape)}"
-                for name, shape in expected.items()
-                if self.shapes[name] != tuple(shape)
-            ]
-            if wrong:
-                raise CheckpointError(f"the tensors in {self.path} do not fit its config.json: {_some(wrong)}")
+        expected = expected if isinstance(expected, Mapping) else dict.fromkeys(expected)
+        if missing := [name for name in expected if name not in self.shapes]:
+            raise CheckpointError(f"{self.path} lacks {some_of(missing)}; {_AGAIN}")
+        wrong = [
+            f"{name} {list(self.shapes[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if shape is not None and self.shapes[name] != tuple(shape)
+        ]
+        if wrong:
+            raise CheckpointError(f"the tensors in {self.path} do not fit its config.json: {some_of(wrong)}; {_AGAIN}")
+        if only and (unexpected := sorted(self.shapes.keys() - expected.keys())):
+            raise CheckpointError(
+                f"{self.path} holds tensors that are not of its model: {some_of(unexpected)}; {_AGAIN}"
+            )
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -118,7 +123,7 @@ def _weight_files(path: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path / INDEX} is not an index of tensors; copy or download it again") from error
+            raise CheckpointError(f"{path / INDEX} is not an index of tensors; {_AGAIN}") from error
         return [path / name for name in names]
     if any(path.glob("pytorch_model*.bin")):
         raise UnsupportedModelError(
@@ -132,8 +137,4 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}; copy or download it again") from error
-
-
-def _some(items: list[str], limit: int = 3) -> str:
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+        raise CheckpointError(f"cannot read {file}: {error}; {_AGAIN}") from error

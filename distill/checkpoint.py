@@ -104,7 +104,6 @@ def _write_torch(path: Path, content: dict[str, Any]) -> None:
 
 def write_best(path: Path, student: dict[str, Tensor], step: int, stats: dict[str, float]) -> None:
     """Replaces the best student by a new one, in one atomic rename; `step` and `stats` ride in its metadata."""
-    clear_leftovers(path.parent)
     save_tensors(path, student, {"step": str(step), "stats": json.dumps(stats)})
 
 

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from blocks.errors import NasError
+from blocks.files import clear_leftovers
 from distill.checkpoint import CheckpointStore, Snapshot, load_best, load_student, read_best, student_state, write_best
 from distill.config import DistillConfig
 from distill.data import TokenStream, batch_indices, heldout_batches
@@ -65,7 +66,7 @@ def heal(
         HealingStopped: SIGTERM or Ctrl-C, after a checkpoint was written.
         NasError: the loss is not finite; nothing was overwritten.
     """
-    run = _Healing(config, teacher, student, train_pack, heldout_pack, out_dir, on_step)
+    run = _Healing(config, (teacher, student), (train_pack, heldout_pack), out_dir, on_step)
     with StopRequest() as stop:
         try:
             run.start(resume)
@@ -81,13 +82,12 @@ class _Healing:
     def __init__(
         self,
         config: DistillConfig,
-        teacher: nn.Module,
-        student: nn.Module,
-        train_pack: np.ndarray,
-        heldout_pack: np.ndarray,
+        pair: tuple[nn.Module, nn.Module],
+        packs: tuple[np.ndarray, np.ndarray],
         out_dir: Path,
         on_step: Callable[[Progress], None] | None,
     ) -> None:
+        (teacher, student), (train_pack, heldout_pack) = pair, packs
         vocab_size = check_pair(teacher, student)
         self.config, self.out_dir, self.on_step = config, out_dir, on_step
         self.train_stream = TokenStream(train_pack, config.sequence_length, vocab_size, "training pack")
@@ -119,12 +119,12 @@ class _Healing:
         """Takes up the newest checkpoint, or begins anew with the evaluation of step 0."""
         if self._is_main:
             self.store.clean() if resume else self.store.clear()
+            clear_leftovers(self.best_path.parent)
         self.accelerator.wait_for_everyone()
         snapshot = self.store.newest()
         if snapshot is not None:
             self._restore(snapshot)
         if self._is_main:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
             self.log = MetricsLog(self.out_dir / "metrics.jsonl", keep_through=-1 if snapshot is None else self.step)
         if snapshot is None:
             self.before = self._evaluate()

@@ -14,13 +14,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from blocks.errors import ConfigError, DataError
+from blocks.files import clear_leftovers, save_array, save_json
 from nas.documents import load_documents
 
 if TYPE_CHECKING:
@@ -305,12 +305,11 @@ def _enough(parts: dict[str, _Part], tokens: int, config: DataConfig) -> dict[st
 
 def _write(directory: Path, made_from: dict[str, Any], parts: dict[str, _Part]) -> DataSplit:
     """Writes the packs and then split.json, whose presence says that the packs are whole."""
-    from blocks.files import save_json, write_atomically
-
     described: dict[str, dict[str, Any]] = {}
     (directory / _SPLIT_FILE).unlink(missing_ok=True)
+    clear_leftovers(directory)
     for name, part in parts.items():
-        write_atomically(directory / f"{name}.npy", partial(_save_array, array=part.pack))
+        save_array(directory / f"{name}.npy", part.pack)
         described[name] = {
             "documents": part.documents,
             "sequences": len(part.pack),
@@ -320,11 +319,6 @@ def _write(directory: Path, made_from: dict[str, Any], parts: dict[str, _Part]) 
         }
     save_json(directory / _SPLIT_FILE, made_from | {"parts": described})
     return DataSplit(directory, described)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:  # given a name, numpy would append .npy to it
-        np.save(file, array)
 
 
 def _read_split(directory: Path, made_from: dict[str, Any], overwrite: bool) -> DataSplit | None:

@@ -153,7 +153,7 @@ def _numbers(path: Path, values: Any, where: str, kind: type) -> list[Any]:
         raise ConfigError(
             f"{path}: {where} must be a list of positive {'shares' if kind is float else 'integers'}, not {values!r}"
         )
-    if kind is float and values and max(values) > 1:
+    if kind is float and any(float(v) > 1 for v in values):
         raise ConfigError(f"{path}: {where} are shares of the parent's width, at most 1; for channels use ffn.widths")
     return values
 

@@ -1,17 +1,21 @@
-"""One small healing run; a script for the tests that need processes of their own (kill, signals, ranks).
+"""One small healing run; a script for the tests that need processes of their own (kill, ranks).
 
-    python tests/healing_run.py OUT_DIR [--kill WHERE:COUNT] [--term STEP] [--micro-batch N]
+    python tests/healing_run.py OUT_DIR CASE...
 
-`--kill step:5` sends SIGKILL to itself after step 5, `--kill sync:9` at the ninth fsync (in the middle of writing a
-checkpoint or the best student), `--kill rename:2` before the second renaming of a checkpoint.
+Each case heals in OUT_DIR/CASE, in processes forked here, so that importing torch is paid once; prints the exit codes as
+JSON. `step:5` sends SIGKILL to itself after step 5, `sync:9` at the ninth fsync (in the middle of writing a checkpoint or
+the best student), `rename:2` before the second renaming of a directory, `ranks:2` heals on two ranks.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import json
 import os
 import signal
+import socket
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import distill.checkpoint
+import blocks.files
 from distill.config import DistillConfig
 from distill.progress import Progress
 from distill.trainer import heal
@@ -57,11 +61,11 @@ def packs() -> tuple[np.ndarray, np.ndarray]:
     return generator.integers(97, size=(20, 24), dtype=np.uint16), generator.integers(97, size=(8, 16), dtype=np.uint16)
 
 
-def kill_at(count: int) -> object:
+def kill_at(count: int) -> Callable[..., None]:
     """A function that kills this process when called for the `count`-th time."""
     calls = 0
 
-    def tick() -> None:
+    def tick(*_: object) -> None:
         nonlocal calls
         calls += 1
         if calls == count:
@@ -70,37 +74,55 @@ def kill_at(count: int) -> object:
     return tick
 
 
-def arm(place: str, count: int) -> None:
-    """Makes the `count`-th fsync or rename of the checkpoint code the last thing that this process does."""
+def heal_and_die(out_dir: Path, place: str, count: int) -> None:
+    """Heals until the `count`-th step, fsync or renaming of a directory, the last thing that this process does."""
     tick = kill_at(count)
+    sync, rename = blocks.files.sync, Path.rename
     if place == "sync":
-        original = distill.checkpoint.sync
-        distill.checkpoint.sync = lambda path: (original(path), tick())  # type: ignore[assignment, operator]
-    else:
-        rename = Path.rename
-        Path.rename = lambda self, target: (tick(), rename(self, target))[1]  # type: ignore[assignment, operator]
+        blocks.files.sync = lambda path: (sync(path), tick())[0]
+    elif place == "rename":
+        Path.rename = lambda self, target: (tick(), rename(self, target))[1]  # type: ignore[method-assign]
+
+    def on_step(progress: Progress) -> None:
+        if place == "step" and progress.step == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    heal(CONFIG, *tiny_pair(), *packs(), out_dir, on_step=on_step)
+
+
+def heal_on_rank(out_dir: Path, rank: int, world: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    heal(replace(CONFIG, micro_batch=1), *tiny_pair(), *packs(), out_dir)
+
+
+def fork(run: Callable[..., None], *arguments: object) -> int:
+    """Starts `run` in a copy of this process, which must not have computed anything yet. Returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        run(*arguments)
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--kill", default="none:0")
-    parser.add_argument("--term", type=int, default=-1)
-    parser.add_argument("--micro-batch", type=int, default=2)
-    arguments = parser.parse_args()
+    out_dir, codes = Path(sys.argv[1]), {}
     torch.set_num_threads(1)
-    place, count = arguments.kill.split(":")
-    if place in ("sync", "rename"):
-        arm(place, int(count))
-
-    def on_step(progress: Progress) -> None:
-        if place == "step" and progress.step == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if progress.step == arguments.term:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    config = replace(CONFIG, micro_batch=arguments.micro_batch)
-    heal(config, *tiny_pair(), *packs(), arguments.out_dir, on_step=on_step)
+    for case in sys.argv[2:]:
+        place, count = case.split(":")
+        if place == "ranks":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            started = [fork(heal_on_rank, out_dir / case, rank, int(count), port) for rank in range(int(count))]
+        else:
+            started = [fork(heal_and_die, out_dir / case, place, int(count))]
+        codes[case] = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    print(json.dumps(codes))
 
 
 if __name__ == "__main__":

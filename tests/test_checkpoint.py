@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import TINY, tiny_llama
+from tiny import TINY, spoil, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -25,7 +25,7 @@ from blocks.checkpoint import (
     read_architecture,
     write_child,
 )
-from blocks.child.layout import parent_shape
+from blocks.child.layout import shape_of as shape_of_config
 from blocks.child.modeling_decilm import DeciLMForCausalLM
 from blocks.errors import CheckpointError
 from blocks.shape import ModelShape
@@ -52,7 +52,7 @@ def random_tensors(parent_dir: Path, architecture: Architecture = MIXED) -> dict
 
 
 def shape_of(parent_dir: Path) -> ModelShape:
-    return parent_shape(LlamaConfig.from_pretrained(parent_dir))
+    return shape_of_config(LlamaConfig.from_pretrained(parent_dir))
 
 
 def files_of(path: Path) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ def test_our_block_configs_have_exactly_the_published_keys_and_values(parent_dir
     content = json.loads(PUBLISHED.read_text())
     _, architecture = read_architecture(content)
     parent = {**content, "model_type": "llama", "intermediate_size": 28672, "num_key_value_heads": 8}
-    del parent["block_configs"], parent["auto_map"]
+    del parent["block_configs"], parent["auto_map"], parent["architectures"]
     config = child_config(parent, architecture, "bfloat16")
     written = json.loads(config.to_json_string())
     assert read_architecture(written)[1] == architecture
@@ -162,30 +162,19 @@ def test_the_tokenizer_comes_along(parent_dir: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "child")["tokenizer.json"] == files_of(parent_dir)["tokenizer.json"]
 
 
-def faulty(tensors: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
-    name = "model.layers.3.self_attn.k_proj.weight"
-    if fault == "missing":
-        del tensors[name]
-    elif fault == "left over":
-        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 64)
-    else:
-        tensors[name] = torch.zeros(16, 64)
-    return tensors
-
-
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("missing", "missing: model.layers.3.self_attn.k_proj.weight"),
-        ("left over", "layers.0.self_attn.k_proj.weight is not a tensor of this architecture"),
-        ("shape", r"k_proj.weight has shape \[16, 64\], the architecture needs \[32, 64\]"),
+        ("unexpected", "layers.0.self_attn.k_proj.weight is not a tensor of this architecture"),
+        ("mismatched", r"k_proj.weight has shape \[8, 64\], the architecture needs \[32, 64\]"),
     ],
 )
 def test_wrong_tensors_leave_the_old_child(parent_dir: Path, tmp_path: Path, fault: str, message: str) -> None:
     write_child(tmp_path / "child", parent_dir, MIXED, random_tensors(parent_dir), "float32")
     before = files_of(tmp_path / "child")
     with pytest.raises(CheckpointError, match=message):
-        write_child(tmp_path / "child", parent_dir, MIXED, faulty(random_tensors(parent_dir), fault), "float32")
+        write_child(tmp_path / "child", parent_dir, MIXED, spoil(random_tensors(parent_dir), fault, layer=3), "float32")
     assert files_of(tmp_path / "child") == before
     assert [file.name for file in tmp_path.iterdir()] == ["child"]
 
@@ -194,7 +183,7 @@ def test_a_full_disk_leaves_nothing(parent_dir: Path, tmp_path: Path, monkeypatc
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_child(tmp_path / "child", parent_dir, MIXED, random_tensors(parent_dir), "float32")
     assert not list(tmp_path.iterdir())
@@ -210,7 +199,7 @@ def test_an_interrupted_write_leaves_the_old_child_and_the_next_replaces_it(pare
     with pytest.raises(KeyboardInterrupt):
         write_child(tmp_path / "child", parent_dir, MIXED, interrupted(), "float32")
     assert files_of(tmp_path / "child") == before
-    (tmp_path / ".child.new").mkdir()  # as a killed process leaves it
+    (tmp_path / ".child.tmp").mkdir()  # as a killed process leaves it
     write_child(tmp_path / "child", parent_dir, MIXED, random_tensors(parent_dir), "bfloat16")
     assert files_of(tmp_path / "child") != before
     assert [file.name for file in tmp_path.iterdir()] == ["child"]
@@ -246,7 +235,7 @@ def test_damaged_children_are_refused(parent_dir: Path, tmp_path: Path) -> None:
     config = json.loads((child / "config.json").read_text())
     config["block_configs"][0]["ffn"] = config["block_configs"][3]["ffn"]
     (child / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"of another shape: model\.layers\.0\.mlp\.down_proj\.weight"):
+    with pytest.raises(CheckpointError, match=r"do not fit its config.json: model\.layers\.0\.mlp\.gate_proj\.weight"):
         load_child(child)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, tiny_llama
+from tiny import TINY, spoil, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen3Config
 
@@ -217,22 +217,11 @@ else:
     load_child(tmp_path / "again")
 
 
-def break_tensors(path: Path, fault: str) -> None:
-    tensors = load_file(path / "model.safetensors")
-    name = "model.layers.2.self_attn.k_proj.weight"
-    if fault == "missing":
-        del tensors[name]
-    elif fault == "unexpected":
-        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(16, 64)
-    else:
-        tensors[name] = tensors[name][:8].clone()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
 def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path: Path, fault: str) -> None:
     mixed_child().save_pretrained(tmp_path)
-    break_tensors(tmp_path, fault)
+    file = tmp_path / "model.safetensors"
+    save_file(spoil(load_file(file), fault, layer=2), file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{fault}: model.layers.\d.self_attn.k_proj.weight"):
         DeciLMForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 

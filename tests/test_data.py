@@ -239,7 +239,7 @@ def test_same_config_reuses_the_files(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_interrupted_writing_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SMALL, source=corpus(tmp_path / "text"))
     with monkeypatch.context() as patch:
-        patch.setattr("blocks.files.save_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("nas.data.save_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_data(config, TOKENIZER, 272, tmp_path / "data")
     assert not (tmp_path / "data" / "split.json").exists()

@@ -277,14 +277,13 @@ def test_cut_off_conversion_leaves_nothing_and_is_repeated(
 ) -> None:
     file = write_gguf(tiny, tmp_path / "tiny.gguf")
 
-    def full_disk(_: Path, directory: Path) -> None:
-        directory.mkdir()
-        (directory / "config.json").write_text("{}")
+    def full_disk(path: Path, _: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_import, "_convert", full_disk)
-        with pytest.raises(ConfigError, match="No space left"):
+        patch.setattr(gguf_import, "write_tensors", full_disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*MARQUETRY_CACHE"):
             open_parent(str(file))
     assert not any(path.is_dir() for path in cache.iterdir())
     assert open_parent(str(file)).shape == open_parent(str(tiny)).shape

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +28,9 @@ from distill.schedule import learning_rate
 from distill.trainer import heal
 
 SCRIPT = Path(__file__).parent / "healing_run.py"
+# At step 2 nothing is kept; fsync 7 is in the first checkpoint, 19 in a best student; the fourth renaming removes a
+# checkpoint.
+KILLS = ("step:2", "step:7", "sync:7", "sync:19", "rename:3", "rename:4")
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +44,6 @@ def one_thread() -> Any:
 
 def run(out_dir: Path, config: DistillConfig = CONFIG, **options: Any) -> HealResult:
     return heal(config, *tiny_pair(), *packs(), out_dir, **options)
-
-
-def start(out_dir: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(SCRIPT), str(out_dir), *options]
-    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE)
 
 
 def metrics(out_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -79,6 +76,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """The runs of `healing_run.py`: where they lie, a directory a case, and how each of their processes ended."""
+    out_dir = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, str(SCRIPT), str(out_dir), *KILLS, "ranks:2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return out_dir, json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_healing_lowers_heldout_kl_and_leaves_the_best_student(tmp_path: Path, tied: bool) -> None:
     teacher, student = tiny_pair(tied)
@@ -105,14 +112,15 @@ def test_micro_batches_do_not_change_the_result(tmp_path: Path, reference: Path)
             assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("kill", ["step:1", "step:7", "sync:9", "sync:13", "rename:3"])
-def test_killed_and_resumed_equals_never_killed(tmp_path: Path, reference: Path, kill: str) -> None:
-    process = start(tmp_path, "--kill", kill)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "checkpoints" / "step-000012").exists()
-    run(tmp_path)
-    assert_same_end(tmp_path, reference)
-    assert not list(tmp_path.rglob("*partial*"))
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_and_resumed_equals_never_killed(
+    processes: tuple[Path, dict[str, list[int]]], reference: Path, kill: str
+) -> None:
+    out_dir, codes = processes[0] / kill, processes[1]
+    assert codes[kill] == [-signal.SIGKILL]
+    run(out_dir)
+    assert_same_end(out_dir, reference)
+    assert not list(out_dir.rglob(".*"))
 
 
 def test_sigterm_writes_a_checkpoint(tmp_path: Path, reference: Path) -> None:
@@ -187,17 +195,11 @@ def test_full_disk_keeps_older_checkpoints(tmp_path: Path, reference: Path) -> N
     assert_same_end(tmp_path, reference)
 
 
-def test_two_ranks_give_the_losses_of_one(tmp_path: Path, reference: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    ranks = [start(tmp_path, "--micro-batch", "1", RANK=str(r), LOCAL_RANK=str(r), **address) for r in range(2)]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+def test_two_ranks_give_the_losses_of_one(processes: tuple[Path, dict[str, list[int]]], reference: Path) -> None:
+    out_dir, codes = processes[0] / "ranks:2", processes[1]
+    assert codes["ranks:2"] == [0, 0]
     for kind, field in (("train", "loss"), ("train", "grad_norm"), ("eval", "kl")):
-        for found, wanted in zip(metrics(tmp_path, kind), metrics(reference, kind), strict=True):
+        for found, wanted in zip(metrics(out_dir, kind), metrics(reference, kind), strict=True):
             assert found[field] == pytest.approx(wanted[field], rel=1e-5)
 
 

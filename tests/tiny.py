@@ -48,3 +48,14 @@ def tiny_llama(directory: Path | str, seed: int = 0, dtype: torch.dtype = torch.
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return Path(directory)
+
+
+def spoil(tensors: dict[str, torch.Tensor], fault: str, layer: int) -> dict[str, torch.Tensor]:
+    """A child's tensors with one "missing", one "unexpected" (in layer 0) or one "mismatched" k_proj."""
+    names = [f"model.layers.{index}.self_attn.k_proj.weight" for index in (0, layer)]
+    kept = {name: tensor for name, tensor in tensors.items() if name != names[1]}
+    if fault == "missing":
+        return kept
+    if fault == "unexpected":
+        return {**tensors, names[0]: torch.zeros(16, 64)}
+    return {**kept, names[1]: tensors[names[1]][:8].clone()}

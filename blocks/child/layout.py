@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blocks.errors import CheckpointError
+from blocks.families import CHILD_TYPE, family_of, read_sizes
 from blocks.shape import ModelShape, ffn_mult
 from blocks.spec import WIDTH_MULTIPLE, Architecture, AttentionSpec, FFNSpec, LayerSpec
 
@@ -41,23 +42,18 @@ COPIED_FIELDS = (
 )
 
 
-def parent_shape(config: PretrainedConfig) -> ModelShape:
-    """Sizes of a parent (Llama, Mistral, Qwen2, Qwen3 or another child) from its configuration."""
-    bias = bool(getattr(config, "attention_bias", False))
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        tie_word_embeddings=config.tie_word_embeddings,
-        qkv_bias=bias or config.model_type == "qwen2",  # Qwen2 has this bias without saying so
-        o_bias=bias,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        qk_norm=config.model_type == "qwen3" or bool(getattr(config, "qk_norm", False)),
-    )
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """Sizes of a child, or of a parent as its family reads them.
+
+    Raises:
+        UnsupportedModelError: if it is neither, or a parent that cannot be taken apart.
+        CheckpointError: if the sizes contradict each other.
+    """
+    if config.model_type == CHILD_TYPE:
+        bias = bool(config.attention_bias)
+        flags = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(config.mlp_bias), "qk_norm": bool(config.qk_norm)}
+        return read_sizes(config, flags)
+    return family_of(config.model_type).shape(config)
 
 
 def as_built(shape: ModelShape, architecture: Architecture) -> tuple[ModelShape, Architecture]:
@@ -134,7 +130,7 @@ def child_config(
     from blocks.child.configuration_decilm import DeciLMConfig
 
     parent = as_config(parent_config)
-    shape, built = as_built(parent_shape(parent), architecture)
+    shape, built = as_built(shape_of(parent), architecture)
     if len(built) != shape.num_hidden_layers:
         raise CheckpointError(
             f"the architecture has {len(built)} layers, its parent {shape.num_hidden_layers}: it is of another parent"
@@ -164,10 +160,11 @@ def as_config(config: PretrainedConfig | Mapping[str, Any]) -> PretrainedConfig:
     """A parent's config.json as an object, which fills what the file leaves out with its model type's defaults."""
     if not isinstance(config, Mapping):
         return config
-    if config.get("model_type") == "nemotron-nas":
+    if config.get("model_type") == CHILD_TYPE:
         return _parse(config, "the parent's configuration")
     from transformers import AutoConfig
 
+    family_of(str(config.get("model_type")))  # before transformers looks for code that it does not have
     return AutoConfig.for_model(**config)
 
 
@@ -203,7 +200,7 @@ def read_architecture(source: Path | str | Mapping[str, Any]) -> tuple[ModelShap
         config = _parse(read_config(Path(source)), str(source))
     layers = range(config.num_hidden_layers)
     architecture = Architecture(tuple(_layer_spec(config, layer) for layer in layers))
-    return parent_shape(config), architecture
+    return shape_of(config), architecture
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -221,10 +218,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
 def _parse(content: Mapping[str, Any], where: str) -> DeciLMConfig:
     from blocks.child.configuration_decilm import DeciLMConfig
 
-    if content.get("model_type") != DeciLMConfig.model_type:
-        raise CheckpointError(
-            f"{where} is of model_type {content.get('model_type')!r}, not a child ({DeciLMConfig.model_type})"
-        )
+    if content.get("model_type") != CHILD_TYPE:
+        raise CheckpointError(f"{where} is of model_type {content.get('model_type')!r}, not a child ({CHILD_TYPE})")
     if content.get("marquetry_format", FORMAT) > FORMAT:
         raise CheckpointError(
             f"{where} was written by a newer version (format {content['marquetry_format']}, this one reads {FORMAT}); "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from blocks.errors import CheckpointError, UnsupportedModelError
 from blocks.shape import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _FLAGS = frozenset({"qkv_bias", "o_bias", "mlp_bias", "qk_norm"})
 
@@ -37,21 +38,7 @@ class Family:
         """
         if found := list(self._obstacles(config)):
             raise UnsupportedModelError(f"this {self.model_type} model cannot be a parent: {'; '.join(found)}")
-        flags = self.flags(config)
-        assert flags.keys() <= _FLAGS
-        shape = ModelShape(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            tie_word_embeddings=bool(config.tie_word_embeddings),
-            **flags,
-        )
-        _check_sizes(shape)
-        return shape
+        return read_sizes(config, self.flags(config))
 
     def _obstacles(self, config: PretrainedConfig) -> Iterator[str]:
         architectures = getattr(config, "architectures", None)
@@ -65,6 +52,28 @@ class Family:
             yield f"its rotary embedding is partial (partial_rotary_factor {share})"
         if (window := _active_window(config)) is not None:
             yield f"its sliding window of {window} is active"
+
+
+def read_sizes(config: PretrainedConfig, flags: dict[str, bool]) -> ModelShape:
+    """The sizes that `config` states, with the `flags` that only its kind can tell.
+
+    Raises:
+        CheckpointError: if they contradict each other.
+    """
+    assert flags.keys() <= _FLAGS
+    shape = ModelShape(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        **flags,
+    )
+    _check_sizes(shape)
+    return shape
 
 
 def _check_sizes(shape: ModelShape) -> None:

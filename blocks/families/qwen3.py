@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from blocks.families.family import Family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _flags(config: PretrainedConfig) -> dict[str, bool]:

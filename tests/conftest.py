@@ -1,0 +1,37 @@
+"""Shared by all tests: one thread, repeatable hypothesis examples, and sweeps over tiny random parents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tiny import tiny_llama
+
+from blocks.parent import open_parent
+from blocks.sweep import Sweep
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sweep]:
+    """`tiny_sweep(seed=0, **overrides)`: an fp32 CPU sweep over a `tiny_llama`, built once per set of arguments.
+
+    Its batches hold 128 tokens, so that every test with more text goes through several of them.
+    """
+    built: dict[str, Sweep] = {}
+
+    def build(seed: int = 0, **overrides: Any) -> Sweep:
+        key = repr((seed, sorted(overrides.items())))
+        if key not in built:
+            directory: Path = tiny_llama(tmp_path_factory.mktemp("parent"), seed, **overrides)
+            built[key] = Sweep(open_parent(str(directory)), torch.device("cpu"), tokens_per_batch=128)
+        return built[key]
+
+    return build
