@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blocks.fit import Statistics
-from blocks.layer import Weights, add_subblock, attention_input, ffn_input, has_ffn, layer_forward
+from blocks.layer import Weights, add_subblock, attention_input, ffn_input, has_ffn
 from blocks.sweep import Sweep
 
 
@@ -62,8 +62,8 @@ def _refit_layer(
     target_middle, target = torch.empty_like(stream), torch.empty_like(stream)
     for batch in sweep.batches(parent_stream):
         h = parent_stream[batch]
-        target_middle[batch] = add_subblock(original, h, attention_input(original, h, math))
-        target[batch] = layer_forward(original, h, math)
+        target_middle[batch] = middle = add_subblock(original, h, attention_input(original, h, math))
+        target[batch] = add_subblock(original, middle, ffn_input(original, middle, math))
     importance = 1.0 / target.float().pow(2).mean(-1).clamp_min(1e-12)
     importance /= importance.mean()
     for read, goal in ((attention_input, target_middle), (ffn_input, target)):

@@ -206,7 +206,7 @@ def search(
     from nas.show import architecture_map, budget_lines, search_table
 
     console = Console()
-    console.print(architecture_map(Architecture.from_list(found["layers"]), parent.shape))
+    console.print(architecture_map(Architecture.from_list(found["layers"]), parent.shape, console.width))
     console.print(budget_lines(found))
     console.print(search_table(found))
     typer.echo(f"{run / 'child'} written; next: nas distill{run_flag(run)}")
@@ -293,6 +293,8 @@ def show(run: RunOption = DEFAULT_RUN, as_json: JsonOption = False) -> None:
     if as_json:
         made = {"scores": "score.json", "architecture": "architecture.json", "results": "results.json"}
         content = {name: opened_run.read(file, "score") for name, file in made.items() if opened_run.has(file)}
+        if content.get("results", {}).get("search") != content.get("architecture", {}).get("key"):
+            content.pop("results", None)  # of an earlier search: not this child's
         return emit({"run": str(run), "parent": opened_run.config.parent} | content, as_json)
     from rich.console import Console
 
@@ -313,6 +315,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device {name}: not a device; write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: not supported; write cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

@@ -7,9 +7,10 @@ overrides the recipe.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -48,6 +49,7 @@ class ScoreConfig:
         require("exact_share", self.exact_share, 0 <= self.exact_share <= 1, "between 0 and 1")
         for name in ("label_samples", "exact_tokens"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("seed", self.seed, self.seed >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class SearchConfig:
             raise ConfigError(
                 "give one budget: --budget-gb 80 (weights + KV cache in GB), or --budget 0.6 (share of the parent's)"
             )
-        require("budget_gb", self.budget_gb, self.budget_gb is None or self.budget_gb > 0, "above 0")
+        require("budget_gb", self.budget_gb, self.budget_gb is None or 0 < self.budget_gb < math.inf, "above 0")
         require("budget", self.budget, self.budget is None or 0 < self.budget <= 1, "a share between 0 and 1")
         require("distance", self.distance, self.distance >= 1, "at least 1")
         require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
@@ -97,8 +99,8 @@ class RunConfig:
 
 
 ON_CPU: dict[str, dict[str, Any]] = {
-    "data": {"fit_tokens": 12_288, "calibration_tokens": 4096, "heldout_tokens": 8192},
-    "score": {"label_samples": 2, "exact_tokens": 1024},
+    "data": {"fit_tokens": 8192, "calibration_tokens": 4096, "heldout_tokens": 8192},
+    "score": {"label_samples": 2, "exact_tokens": 512},
     "search": {"verify": 2, "verify_tokens": 4096},
     "distill": {
         "tokens": 32_768,
@@ -174,10 +176,33 @@ def build(kind: type[T], recipe: dict[str, dict[str, Any]], flags: dict[str, Any
     by_device = (ON_CPU if device == "cpu" else ON_GPU).get(section, {})
     given = {name: value for name, value in flags.items() if value is not None}
     values = by_device | recipe.get(section, {}) | given
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{section}: {error}") from error
+    types = get_type_hints(kind)
+    for name, value in values.items():
+        if not _is_of(value, types[name]):
+            raise ConfigError(f"{section}.{name} is {value!r}; it must be {_in_words(types[name])}")
+    return kind(**values)
+
+
+def _is_of(value: Any, wanted: Any) -> bool:
+    if get_origin(wanted) is tuple:
+        return isinstance(value, (tuple, list)) and all(
+            _is_of(item, kind) for item, kind in zip(value, get_args(wanted), strict=False)
+        )
+    if get_args(wanted):  # X | None
+        return any(_is_of(value, kind) for kind in get_args(wanted))
+    if wanted in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def _in_words(wanted: Any) -> str:
+    if get_origin(wanted) is tuple:
+        return "a list of " + " and ".join(map(_in_words, get_args(wanted)))
+    if get_args(wanted):
+        return _in_words(get_args(wanted)[0])
+    # 6e-4 is text to YAML.
+    words = {int: "a whole number", float: "a number (with a dot: 6.0e-4)", str: "text", bool: "true or false"}
+    return words.get(wanted, wanted.__name__)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

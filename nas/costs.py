@@ -7,6 +7,7 @@ GB is 1e9 bytes, GiB is 2^30. Tied embeddings count once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,8 +45,8 @@ class Scenario:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: not a dtype we price; known: {known}"
                 )
-        if self.reserve_gb < 0:
-            raise ConfigError(f"--reserve-gb must not be negative, not {self.reserve_gb}")
+        if not 0 <= self.reserve_gb < math.inf:
+            raise ConfigError(f"--reserve-gb must be 0 or more, not {self.reserve_gb}")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.split not in ("document", "sequence"):
             raise ConfigError(f"split is {self.split!r}; write document or sequence")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}; it must be at least 2")
         least = MINIMUM_SEQUENCES * self.sequence_length

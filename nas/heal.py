@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from blocks.checkpoint import load_child, write_child
+from blocks.checkpoint import as_built, load_child, read_architecture, write_child
+from blocks.errors import CheckpointError
 from blocks.files import save_json
 from blocks.parent import Parent
 from blocks.spec import Architecture
@@ -48,6 +49,7 @@ def run_distill(
     rows = _rows(found, heldout)
     result = {
         "key": key,
+        "search": found["key"],
         "rows": rows,
         "heldout_tokens": heldout["tokens"],
         "healing": {
@@ -74,6 +76,10 @@ def _heal(
     device: torch.device,
     reporter: Reporter,
 ) -> HealResult:
+    if read_architecture(run.path("child"))[1] != as_built(parent.shape, architecture)[1]:
+        raise CheckpointError(
+            f"{run.path('child')} is not the child of architecture.json (a search was cut off?); run `nas search` again"
+        )
     data = run.path("data")
     teacher, student = load_parent_model(parent, device), load_child(run.path("child"))
     with reporter.bar("Healing", config.steps) as (bar, task):

@@ -14,7 +14,7 @@ from blocks.parent import Parent
 from distill.evaluation import evaluate
 from nas.progress import Reporter
 
-MOST_TOKENS = {"cpu": 8192}
+MOST_TOKENS = {"cpu": 4096}
 
 
 def load_parent_model(parent: Parent, device: torch.device) -> torch.nn.Module:
@@ -34,7 +34,7 @@ def measure(
 
     Args:
         children: directories by name.
-        heldout: token pack [sequences, S]; on a CPU about 8,192 tokens of it, spread evenly.
+        heldout: token pack [sequences, S]; on a CPU about 4,096 tokens of it, spread evenly.
 
     Returns:
         {"tokens": N, "parent": {"perplexity": ...}, NAME: {"kl": ..., "perplexity": ..., "top1_agreement": ...}, ...}

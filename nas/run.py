@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from blocks.errors import CheckpointError
+from blocks.errors import CheckpointError, ConfigError
 from blocks.files import save_json, save_text
 from nas.config import DataConfig, RunConfig, ScoreConfig, to_dict
 
@@ -61,9 +61,10 @@ class Run:
 def create_run(directory: Path, config: RunConfig, fingerprint: str) -> Run:
     """Opens the run for scoring: a new one, or the same parent, text and space as before.
 
+    A run whose text was never packed (no such text, or too little of it) holds nothing yet and takes other settings.
     Raises CheckpointError if the directory belongs to something else.
     """
-    if (directory / "config.yaml").exists():
+    if (directory / "config.yaml").exists() and (directory / "data" / "split.json").exists():
         run = open_run(directory)
         _require_same(run, config, fingerprint)
         return run
@@ -85,7 +86,7 @@ def open_run(directory: Path) -> Run:
         return Run(directory, RunConfig(**content, data=data, score=score), fingerprint)
     except FileNotFoundError:
         raise CheckpointError(f"no run at {directory}; start one with `nas score --run {directory}`") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another --run") from error
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from blocks.candidates import FitConfig, fit_layer
-from blocks.files import save_json
+from blocks.errors import CheckpointError
+from blocks.files import clear_leftovers, save_json
 from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.spec import LayerSpec
@@ -189,8 +190,13 @@ class Scoring:
         file = self._file(kind, layer)
         if not file.exists():
             return {}
-        content = json.loads(file.read_text())
-        return {(layer, spec): {n: float(np.mean(v)) for n, v in values.items()} for spec, values in content.items()}
+        try:
+            content = json.loads(file.read_text())
+            return {
+                (layer, spec): {n: float(np.mean(v)) for n, v in values.items()} for spec, values in content.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); delete it and run `nas score` again") from error
 
 
 def _groups(
@@ -212,8 +218,11 @@ def run_score(run: Run, parent: Parent, device: torch.device, reporter: Reporter
     started = time.perf_counter()
     space = load_space(run.config.space, run.config.target)
     scoring = Scoring(run, make_sweep(parent, device), space, reporter)
+    for directory in (run.directory, scoring.library.directory, run.path("scores")):
+        clear_leftovers(directory)
     scoring.prepare()
-    if run.has("score.json") and run.has("scores.csv"):
+    whole = all(scoring.library.has(index) for index in scoring.layers)
+    if whole and run.has("score.json") and run.has("scores.csv"):
         reporter.say(f"Scores are there already: {run.path('scores.csv')}")
         return run.read("score.json", "score")
     for step in (scoring.fit, scoring.one_pass, scoring.exact):

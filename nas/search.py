@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from blocks.errors import CheckpointError, InfeasibleBudgetError
-from blocks.files import save_json
+from blocks.files import remove_directory, save_json
 from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.shape import ModelShape
@@ -94,9 +94,11 @@ class Candidates:
         binding = max(parts, key=lambda name: parts[name])
         sizes = ", ".join(f"{name} {size / 1e9:.4f} GB" for name, size in parts.items())
         scenario = self.costs.scenario
+        parent = self.costs.cost(self.costs.shape.parent_architecture).total_bytes
+        share = -(-(smallest - fixed) * 10_000 // (parent - fixed)) / 10_000
         message = (
-            f"no child of this space fits {self.budget_bytes / 1e9:.4f} GB: the smallest takes {smallest / 1e9:.4f} GB ({sizes}); "
-            f"what binds is {binding}. Raise --budget-gb to {_up(smallest)} or more, or lower --batch {scenario.batch} or "
+            f"no child of this space fits {self.budget_bytes / 1e9:.4f} GB: the smallest takes {_up(smallest)} GB ({sizes}); "
+            f"what binds is {binding}. Raise --budget-gb to {_up(smallest)} (--budget to {share:.4f}) or more, or lower --batch {scenario.batch} or "
             f"--context {scenario.context}, or use a wider --space"
         )
         return InfeasibleBudgetError(message, smallest / 1e9, binding)
@@ -116,7 +118,7 @@ def load_candidates(run: Run, shape: ModelShape, config: SearchConfig, scenario:
         )
     costs = CostModel(shape, scenario)
     if config.budget_gb is not None:
-        budget = int(config.budget_gb * 1e9)
+        budget = round(config.budget_gb * 1e9)  # int() would lose a byte of 0.0157 GB
     else:
         assert config.budget is not None
         budget = costs.budget_for_share(config.budget)
@@ -155,6 +157,9 @@ def run_search(
     best = children["child"]
     for name, child in children.items():
         assembler.write(child, run.path(name), scenario.weight_dtype)
+        run.path("architecture.json").unlink(missing_ok=True)  # of an earlier search, whose child is gone now
+    if uniform is None and run.has("uniform"):
+        remove_directory(run.path("uniform"))
     directories = {name: run.path(name) for name in children}
     heldout = measure(parent, directories, load_pack(data / "heldout.npy"), device, reporter)
     result = {
@@ -206,8 +211,10 @@ def _measure(
         if origin == "uniform":
             kept["uniform"] = architecture, child
         trials.append({"name": name, "origin": origin, "kl": kl, "predicted_kl": predicted, "total_bytes": total})
-    if kept["child"] == kept.get("uniform"):
-        reporter.say("  warning: the uniform baseline is the best child measured; try more --verify or calibration text")
+    if min(trials, key=lambda trial: trial["kl"])["origin"] == "uniform":
+        reporter.say(
+            "  warning: the uniform baseline is the best child measured; try more --verify or calibration text"
+        )
     # What an earlier session measured is assembled again, to the same weights.
     return trials, {
         name: child or assembler.assemble(architecture, f"the {name}") for name, (architecture, child) in kept.items()

@@ -27,12 +27,11 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
         console.print(scores_summary(run))
     if run.has("architecture.json"):
         found = run.read("architecture.json", "search")
-        console.print(architecture_map(Architecture.from_list(found["layers"]), shape))
+        console.print(architecture_map(Architecture.from_list(found["layers"]), shape, console.width))
         console.print(budget_lines(found))
-    if run.has("results.json"):
-        console.print(results(run.read("results.json", "distill")))
-    elif run.has("architecture.json"):
-        console.print(search_table(run.read("architecture.json", "search")))
+        healed = run.read("results.json", "distill") if run.has("results.json") else {}
+        # Results of an earlier search stay until the new child is healed; they are not this child's.
+        console.print(results(healed) if healed.get("search") == found["key"] else search_table(found))
     console.print(paths(run))
 
 
@@ -66,10 +65,13 @@ def correlation_line(made: dict[str, Any]) -> str:
     )
 
 
-def architecture_map(architecture: Architecture, shape: ModelShape) -> RenderableType:
-    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's cost kept."""
+def architecture_map(architecture: Architecture, shape: ModelShape, width: int) -> RenderableType:
+    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's cost kept.
+
+    `width` is that of the terminal in characters; what does not fit goes on below.
+    """
     lines: list[RenderableType] = []
-    columns = 30
+    columns = max(1, (width - 10) // 5)
     for start in range(0, len(architecture), columns):
         part = range(start, min(start + columns, len(architecture)))
         header, attention, ffn = Text("layer     "), Text("attention "), Text("ffn       ")

@@ -1,13 +1,13 @@
 """The additive problem, solved exactly: one candidate per layer, least total score, total cost within the limit.
 
 A multiple-choice knapsack as a mixed-integer program for HiGHS (scipy). Costs are whole bytes; each layer's are counted
-from its cheapest candidate and divided by their greatest common divisor, so that the solver's tolerances rarely matter.
-Every answer is checked in integers all the same, and one that a tolerance let over the limit is forbidden by name.
+from its cheapest candidate, divided by their greatest common divisor and split into digits, so that the solver's
+tolerances rarely matter. Every answer is checked in integers all the same, and one that a tolerance let over the limit
+is forbidden by name.
 """
 
 from __future__ import annotations
 
-import itertools
 import itertools
 import math
 import os
@@ -23,6 +23,7 @@ from scipy.sparse import csr_matrix
 from blocks.errors import InfeasibleBudgetError, NasError
 
 GAP = 1e-9
+LARGEST_COEFFICIENT = 100_000  # HiGHS takes 1e-6 for an integer: beyond this its slips are whole units
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def solve(problem: Problem, avoid: Sequence[Sequence[int]] = (), distance: int =
     sizes = [len(scores) for scores in problem.scores]
     starts = np.concatenate(([0], np.cumsum(sizes)))
     flat_scores = np.concatenate([np.asarray(s, dtype=float) for s in problem.scores])
-    extra = [cost - min(costs) for costs in problem.costs for cost in costs]
-    unit = math.gcd(*extra) or 1
-    scaled = np.array([cost // unit for cost in extra], dtype=float)
-    limit = (problem.limit - problem.smallest_cost) // unit
-    columns = np.arange(len(flat_scores))
-    one_each = csr_matrix((np.ones(len(columns)), (np.repeat(np.arange(len(sizes)), sizes), columns)))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(scaled[None], -np.inf, limit + 0.5)]
+    columns = np.arange(len(flat_scores) + 1)  # the last one carries from the low to the high digits of the bytes
+    one_each = csr_matrix(
+        (np.ones(len(flat_scores)), (np.repeat(np.arange(len(sizes)), sizes), columns[:-1])),
+        shape=(len(sizes), len(columns)),
+    )
+    constraints = [LinearConstraint(one_each, 1, 1), *_within_limit(problem)]
+    upper = np.append(np.ones(len(flat_scores)), len(sizes))
 
     def keep_away(choice: Sequence[int], layers: int) -> None:
         taken = np.zeros(len(columns))
@@ -83,10 +84,10 @@ def solve(problem: Problem, avoid: Sequence[Sequence[int]] = (), distance: int =
     while True:
         with _silent_stdout():
             result = milp(
-                flat_scores,
+                np.append(flat_scores, 0.0),
                 constraints=constraints,
                 integrality=np.ones(len(columns), dtype=np.int64),
-                bounds=Bounds(0, 1),
+                bounds=Bounds(0, upper),
                 options={"mip_rel_gap": GAP},
             )
         if result.status == 2:
@@ -98,6 +99,25 @@ def solve(problem: Problem, avoid: Sequence[Sequence[int]] = (), distance: int =
         if cost <= problem.limit:
             return Solution(picked, problem.total_score(picked), cost, float(result.mip_dual_bound))
         keep_away(picked, 1)  # a tolerance let it through: forbid this choice and no other
+
+
+def _within_limit(problem: Problem) -> list[LinearConstraint]:
+    """Total cost within the limit, in two rows of digits and a carry c, as the last column:
+
+        sum low x <= limit_low + base c        sum high x + c <= limit_high
+
+    In one row of whole bytes the solver's relative tolerances would be thousands of bytes wide.
+    """
+    extra = [cost - min(costs) for costs in problem.costs for cost in costs]
+    unit = math.gcd(*extra) or 1
+    limit, most = (problem.limit - problem.smallest_cost) // unit, max(extra) // unit
+    base = most + 1 if most < LARGEST_COEFFICIENT else math.isqrt(most) + 1
+    low = np.array([cost // unit % base for cost in extra] + [-base], dtype=float)
+    high = np.array([cost // unit // base for cost in extra] + [1], dtype=float)
+    return [
+        LinearConstraint(low[None], -np.inf, limit % base + 0.5),
+        LinearConstraint(high[None], -np.inf, limit // base + 0.5),
+    ]
 
 
 @contextmanager

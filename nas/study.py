@@ -1,7 +1,8 @@
 """The ledger: every child that was assembled and measured, as trials of an Optuna study in the run directory.
 
 One categorical parameter per subblock, the true KL as the value, the budget as a constraint. Another `nas search` with the
-same settings finds its trials there and measures only what is missing; optuna-dashboard opens the file.
+same settings finds its trials there and measures only what is missing; optuna-dashboard opens the file. A trial is one
+line, so a process killed while writing leaves at most half a line, which the next one removes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from pathlib import Path
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from blocks.errors import CheckpointError
+from blocks.files import write_errors
 from blocks.spec import Architecture, LayerSpec
+
+LOCK_SECONDS = 5  # a lock older than this was left by a killed process; a trial is written in milliseconds
 
 
 class Ledger:
@@ -27,14 +32,25 @@ class Ledger:
         name: the study; settings that give other values must give another name.
         space: the candidates of each layer, for the distributions.
         limit: largest total bytes.
+
+    Raises:
+        CheckpointError: if the journal is damaged, or the disk refuses.
     """
 
     def __init__(self, path: Path, name: str, space: Sequence[Sequence[LayerSpec]], limit: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         logging.getLogger("optuna").setLevel(logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        self.study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
-        self.limit = limit
+        self.path, self.limit = path.resolve(), limit  # the lock is a link, which must hold from any directory
+        with write_errors(path):
+            _drop_half_line(self.path)
+            try:
+                lock = JournalFileSymlinkLock(str(self.path), grace_period=LOCK_SECONDS)
+                storage = JournalStorage(JournalFileBackend(str(self.path), lock_obj=lock))
+                self.study = optuna.create_study(
+                    storage=storage, study_name=name, direction="minimize", load_if_exists=True
+                )
+            except (ValueError, KeyError, TypeError) as error:  # lines that are not JSON, or not of Optuna
+                raise CheckpointError(f"{path} is damaged ({error!r}); delete it and run `nas search` again") from error
         self.distributions: dict[str, CategoricalDistribution] = {}
         for index, specs in enumerate(space):
             for part in ("attention", "ffn"):
@@ -58,13 +74,15 @@ class Ledger:
             total_bytes: of the child in the scenario.
             predicted: the sum of its scores.
         """
-        self.study.enqueue_trial(self._parameters(architecture))
-        trial = self.study.ask(dict(self.distributions))
-        trial.set_user_attr("origin", origin)
-        trial.set_user_attr("predicted_kl", predicted)
-        trial.set_user_attr("total_bytes", total_bytes)
-        trial.set_constraint("bytes_over_budget", float(total_bytes - self.limit))
-        self.study.tell(trial, kl)
+        trial = create_trial(
+            value=kl,
+            params=self._parameters(architecture),
+            distributions=dict(self.distributions),
+            user_attrs={"origin": origin, "predicted_kl": predicted, "total_bytes": total_bytes},
+            constraints={"bytes_over_budget": float(total_bytes - self.limit)},
+        )
+        with write_errors(self.path):
+            self.study.add_trial(trial)  # whole or not at all: nothing half told is left when killed here
 
     def _parameters(self, architecture: Architecture) -> dict[str, str]:
         parameters: dict[str, str] = {}
@@ -75,3 +93,13 @@ class Ledger:
 
     def _finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cuts off what a killed process or a full disk left of a line; Optuna would never read past it again."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)

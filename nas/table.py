@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from blocks.errors import CheckpointError
+from blocks.errors import CheckpointError, ConfigError
 from blocks.files import save_text
 from blocks.spec import LayerSpec
 
@@ -61,7 +62,7 @@ def load_table(path: Path) -> list[list[ScoreRow]]:
             rows = [_row(record) for record in csv.DictReader(file)]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not there; run `nas score --run {path.parent}` first") from None
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); delete it and run `nas score` again") from error
     layers: list[list[ScoreRow]] = [[] for _ in range(max((row.layer for row in rows), default=-1) + 1)]
     for row in rows:
@@ -81,4 +82,8 @@ def _row(record: dict[str, str]) -> ScoreRow:
             values[name] = int(text)
         else:
             values[name] = float(text) if text else None
-    return ScoreRow(**values)  # type: ignore[arg-type]
+    row = ScoreRow(**values)  # type: ignore[arg-type]
+    if row.layer < 0 or not math.isfinite(row.score):
+        raise ValueError(f"layer {row.layer} has score {row.score}")
+    _ = row.spec  # raises ConfigError for a text that is no candidate
+    return row

@@ -145,15 +145,12 @@ def _flag(path: Path, value: Any, where: str) -> bool:
     return value
 
 
-def _numbers(path: Path, values: Any, where: str, kind: type) -> list[Any]:
-    good = isinstance(values, list) and all(
-        isinstance(v, (int, kind)) and not isinstance(v, bool) and v > 0 for v in values
-    )
-    if not good:
-        raise ConfigError(
-            f"{path}: {where} must be a list of positive {'shares' if kind is float else 'integers'}, not {values!r}"
-        )
-    if kind is float and any(float(v) > 1 for v in values):
+def _numbers(path: Path, values: Any, where: str, kind: type[float] | type[int]) -> list[Any]:
+    accepted = (int, float) if kind is float else (int,)
+    wanted = "shares" if kind is float else "integers"
+    if not isinstance(values, list) or not all(type(value) in accepted and value > 0 for value in values):
+        raise ConfigError(f"{path}: {where} must be a list of positive {wanted}, not {values!r}")
+    if kind is float and any(value > 1 for value in values):
         raise ConfigError(f"{path}: {where} are shares of the parent's width, at most 1; for channels use ffn.widths")
     return values
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from app import World, build_world
 from hypothesis import settings
 from tiny import tiny_llama
 
@@ -35,3 +36,10 @@ def tiny_sweep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sweep]
         return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny parent, text, and runs done up to each stage."""
+    directory = tmp_path_factory.mktemp("world")
+    return build_world(directory, tiny_llama(directory / "parent", initializer_range=0.1, intermediate_size=768))

@@ -1,0 +1,161 @@
+"""`nas score` and `nas search` killed with SIGKILL at any instant and run again end as if never killed.
+
+`nas distill` is in test_trainer.py.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app import BUDGET, World, contents, stamps, succeed
+from app import nas as nas_command
+
+import nas.study
+from blocks.library import BlockLibrary
+
+IN_SCORE = (
+    ("calibration.npy", "before"),
+    ("layer_002.safetensors", "before"),
+    ("layer_002.safetensors", "after"),
+    ("one_pass_001.json", "before"),
+    ("exact_001.json", "after"),
+    ("scores.csv", "before"),
+    ("score.json", "before"),
+)
+IN_SEARCH = (("journal", 2), ("journal", 4), ("rename", 1), ("rename", 2))
+
+
+def kill(cases: Sequence[tuple[str, object, Sequence[object]]], directory: Path) -> None:
+    """Runs each command in `directory` until the instant at which it is killed."""
+    (directory / "cases.json").write_text(json.dumps(cases, default=str))
+    script = Path(__file__).with_name("killed_nas.py")
+    done = subprocess.run([sys.executable, str(script), "cases.json"], cwd=directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(cases), done.stderr
+
+
+def whole(directory: Path, part: str) -> dict[str, int]:
+    """Modification times of the finished files of a part of a run."""
+    return {name: time for name, time in stamps(directory / part).items() if not Path(name).name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def killed_scores(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("killed_scores")
+    kill([(file, when, world.score_words(directory / f"{file}-{when}")) for file, when in IN_SCORE], directory)
+    return directory
+
+
+@pytest.mark.parametrize(("file", "when"), IN_SCORE)
+def test_killed_scores_end_as_if_never_killed(world: World, killed_scores: Path, file: str, when: str) -> None:
+    run = killed_scores / f"{file}-{when}"
+    assert [path.name.split(".")[1] for path in run.rglob("*.tmp")] == [file.split(".")[0]] * (when == "before")
+    assert len(list(run.rglob(file))) == (when == "after")
+    done = {part: whole(run, part) for part in ("library", "scores")}
+    succeed(*world.score_words(run))
+    assert not list(run.rglob(".*")), "leftovers of the killed process"
+    for part, files in done.items():
+        assert files.items() <= whole(run, part).items(), "a layer that was done is done again"
+    ours, expected = contents(run), contents(world.runs / "scored")
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        if name == "scores.csv" or name.startswith(("data/", "library/", "scores/")):
+            assert ours[name] == expected[name], name
+
+
+def test_only_the_missing_layers_are_fitted_and_scored(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.copy("scored", tmp_path / "run")
+    for name in ("scores.csv", "score.json", "library/layer_001.safetensors", "scores/one_pass_002.json"):
+        (run / name).unlink()
+    (run / "scores" / "exact_003.json").unlink()
+    fitted: list[int] = []
+    save = BlockLibrary.save
+    monkeypatch.setattr(
+        BlockLibrary, "save", lambda self, layer, *rest: (fitted.append(layer), save(self, layer, *rest))
+    )
+    before = stamps(run)
+    succeed(*world.score_words(run))
+    assert fitted == [1]
+    missing = {"scores.csv", "score.json", "library/layer_001.safetensors", "scores/one_pass_002.json"}
+    after = stamps(run)
+    assert {name for name in after if after[name] != before.get(name)} == missing | {"scores/exact_003.json"}
+    assert contents(run)["scores.csv"] == contents(world.runs / "scored")["scores.csv"]
+
+
+def test_corrupt_leftovers_are_ignored(world: World, tmp_path: Path) -> None:
+    run = world.copy("scored", tmp_path / "run")
+    (run / "scores.csv").unlink()
+    leftovers = [
+        run / "library/.layer_000.safetensors.99.tmp",
+        run / "scores/.exact_000.json.99.tmp",
+        run / ".scores.csv.1.tmp",
+    ]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+    (run / ".child.tmp").mkdir()
+    succeed(*world.score_words(run))
+    assert contents(run)["scores.csv"] == contents(world.runs / "scored")["scores.csv"]
+    assert not any(leftover.exists() for leftover in leftovers)
+    succeed("search", "--run", run, *BUDGET)
+    assert contents(run / "child") == contents(world.runs / "searched" / "child")
+
+
+@pytest.fixture(scope="module")
+def killed_searches(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In relative run directories: Optuna's lock is a symbolic link, and one that leads nowhere is waited for forever."""
+    directory = tmp_path_factory.mktemp("killed_searches")
+    cases = []
+    for place, when in IN_SEARCH:
+        run = world.copy("scored", directory / f"{place}-{when}")
+        cases.append((place, when, ("search", "--run", run.name, *BUDGET)))
+    kill(cases, directory)
+    return directory
+
+
+def trials(run: Path) -> list[dict[str, Any]]:
+    """What the journal holds: its whole lines that add a trial (operation 4 of Optuna's journal)."""
+    lines = (run / "study.journal").read_bytes().split(b"\n")[:-1]
+    return [entry for entry in map(json.loads, lines) if entry["op_code"] == 4]
+
+
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
+@pytest.mark.parametrize(("place", "when"), IN_SEARCH)
+def test_killed_searches_lose_no_trial(
+    world: World, killed_searches: Path, monkeypatch: pytest.MonkeyPatch, place: str, when: int
+) -> None:
+    monkeypatch.setattr(nas.study, "LOCK_SECONDS", 1)
+    monkeypatch.chdir(killed_searches)
+    run = Path(f"{place}-{when}")
+    measured = trials(run)
+    assert len(measured) == (when - 2 if place == "journal" else 3)
+    assert (run / "study.journal.lock").is_symlink() == (place == "journal")
+    assert not (run / "architecture.json").exists()
+    found = succeed("search", "--run", run, *BUDGET, "--json").json
+    expected = json.loads((world.runs / "searched" / "architecture.json").read_text())
+    for key in ("layers", "uniform_layers", "trials", "heldout", "cost"):
+        assert found[key] == expected[key]
+    assert trials(run)[: len(measured)] == measured
+    assert len(trials(run)) == len(found["trials"]) == 3
+    for child in ("child", "uniform"):
+        assert contents(run / child) == contents(world.runs / "searched" / child)
+    assert not list(run.rglob(".*")) and not (run / "study.journal.lock").is_symlink()
+
+
+def test_a_search_killed_while_it_replaces_another_child(world: World, tmp_path: Path) -> None:
+    run, words = world.copy("searched", tmp_path / "run"), ("--budget", "0.8", "--batch", 1, "--context", 128)
+    kill([("rename", 2, ("search", "--run", run, *words))], tmp_path)
+    assert (run / ".child.old").exists() and not (run / "child").exists()
+    assert nas_command("distill", "--run", run).code == 1
+    succeed("search", "--run", run, *words)
+    untroubled = world.copy("searched", tmp_path / "untroubled")
+    succeed("search", "--run", untroubled, *words)
+    assert contents(run / "child") == contents(untroubled / "child") and not list(run.rglob(".*"))
