@@ -34,7 +34,7 @@ from search_spaces import load_space
 
 BUDGETS = (0.9, 0.7, 0.5)
 FLOORS = {0.9: 0.072, 0.7: 0.314, 0.5: 0.745}
-POOL = 8
+POOL = 4
 
 
 def main() -> None:
@@ -50,7 +50,9 @@ def main() -> None:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "rows": []}
     with tempfile.TemporaryDirectory() as directory:
         for split in chosen.splits:
-            data = DataConfig(source=chosen.data, split=split, fit_tokens=86_528, heldout_share=0.29, calibration_share=0.15)
+            data = DataConfig(
+                source=chosen.data, split=split, fit_tokens=86_528, heldout_share=0.29, calibration_share=0.15
+            )
             if chosen.small:
                 data = replace(data, fit_tokens=12_288, calibration_tokens=4096, heldout_tokens=8192)
             for fit in ("cut", "fitted"):
@@ -129,9 +131,15 @@ def print_table(result: dict[str, Any]) -> None:
     print("| split | budget | floor | cut only | cut + refit | fitted | fitted + refit | + best of pool |")
     print("|---|---|---|---|---|---|---|---|")
     for row in (r for r in result["rows"] if r["fit"] == "fitted"):
-        cut = next(r for r in result["rows"] if r["fit"] == "cut" and (r["split"], r["budget"]) == (row["split"], row["budget"]))
+        cut = next(
+            r
+            for r in result["rows"]
+            if r["fit"] == "cut" and (r["split"], r["budget"]) == (row["split"], row["budget"])
+        )
         floor = f"{FLOORS[row['budget']]:.3f}"
-        numbers = " | ".join(f"{x:.4f}" for x in (cut["kl"], cut["kl_refit"], row["kl"], row["kl_refit"], row["kl_pool"]))
+        numbers = " | ".join(
+            f"{x:.4f}" for x in (cut["kl"], cut["kl_refit"], row["kl"], row["kl_refit"], row["kl_pool"])
+        )
         print(f"| {row['split']} | {row['budget']} | {floor} | {numbers} |")
     print(f"\nrank correlation of one-pass with exact scores: {result['rank_correlation']}")
 

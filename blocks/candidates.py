@@ -4,9 +4,6 @@ For every attention candidate a: the merged or linear attention is fitted to the
 h_mid^a the stream after it, every FFN candidate is fitted to what is still missing, h_out - h_mid^a. So the FFN makes up
 for what the attention lost: with the attention skipped this is the compensated skip. Where the FFN is skipped, o_proj
 is fitted to the whole layer, h_out - h_in.
-
-Tokens are weighted by 1 / mean(h_out^2): the next layer reads the stream through an RMSNorm, so it is the relative error
-that counts (and the few tokens with huge residuals, such as the first, would otherwise own the fit).
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ class FitConfig:
     method: str = "fitted"
     """"fitted" (closed form), or "cut" (published initialisation: mean-pooled heads, channels by contribution, plain skips)."""
     pseudo_tokens: float = 100.0
-    """Weight of the prior (the cut matrix) in the ridge, in tokens of mean channel energy."""
+    """Weight of the prior (the cut matrix) in the ridge, in tokens of typical channel energy."""
 
 
 @dataclass
@@ -87,8 +84,6 @@ class _LayerBuilder:
         self.output = self._each(
             lambda h: h + project(weights, "mlp.down_proj", ffn_activation(weights, h, self.math)), self.middle
         )
-        self.importance = 1.0 / self.output.float().pow(2).mean(-1).clamp_min(1e-12)
-        self.importance /= self.importance.mean()
         self._merge: MergeStatistics | None = None
 
     def build(self, attention: AttentionSpec, specs: Sequence[LayerSpec]) -> None:
@@ -152,7 +147,7 @@ class _LayerBuilder:
         bias = self.weights.get("mlp.down_proj.bias", 0)
         for batch in self.sweep.batches(middle):
             activation = ffn_activation(self.weights, middle[batch], self.math)
-            statistics.add(activation, self.output[batch] - middle[batch] - bias, self.importance[batch])
+            statistics.add(activation, self.output[batch] - middle[batch] - bias)
         narrow = [w for w in widths if w < full]
         if not fitted:
             order = contribution(statistics.gram, output.float()).argsort(descending=True)
@@ -183,7 +178,7 @@ class _LayerBuilder:
         """Ridge from inputs [N, S, n] to targets [N, S, D]; returns [n, D]."""
         statistics = Statistics(inputs.shape[-1], targets.shape[-1], inputs.device)
         for batch in self.sweep.batches(inputs):
-            statistics.add(inputs[batch], targets[batch], self.importance[batch])
+            statistics.add(inputs[batch], targets[batch])
         if prior is None:
             prior = torch.zeros_like(statistics.cross)
         return statistics.solve(prior, self.config.pseudo_tokens)

@@ -6,7 +6,7 @@ Every fit here solves, for inputs A [T, n], targets Y [T, D] and a prior W0 [n, 
 
 from the Gram A'A and the cross A'Y alone. Because W0 itself is allowed, a fitted candidate can never do worse on the
 fitting text than the cut one (W0). `lambda` is given as a number of pseudo-tokens: the prior weighs as much as that
-many tokens of mean channel energy. One Gram serves every FFN width: with channels sorted once, one Cholesky factor
+many tokens of typical channel energy. One Gram serves every FFN width: with channels sorted once, one Cholesky factor
 serves all prefixes.
 """
 
@@ -21,7 +21,7 @@ SELECTION_BLOCK = 32  # channels chosen between two updates of the greedy select
 
 
 class Statistics:
-    """Gram A'A [n, n] and cross A'Y [n, D] of a weighted least squares problem, accumulated over batches.
+    """Gram A'A [n, n] and cross A'Y [n, D] of a least squares problem, accumulated over batches.
 
     Accumulates in fp32 on the device of the data; solves run in fp64.
     """
@@ -31,18 +31,21 @@ class Statistics:
         self.cross = torch.zeros(inputs, outputs, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Adds a batch: inputs [..., n], targets [..., D], and one weight per token [...], 1 if None."""
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds a batch: inputs [..., n] and targets [..., D]."""
         a, y = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
-        weighted = a if weights is None else a * weights.flatten()[:, None]
-        self.gram.addmm_(weighted.T, a)
-        self.cross.addmm_(weighted.T, y)
+        self.gram.addmm_(a.T, a)
+        self.cross.addmm_(a.T, y)
         self.tokens += len(a)
 
     def ridge(self, pseudo_tokens: float) -> float:
-        """lambda for a prior that weighs as much as `pseudo_tokens` tokens of mean channel energy."""
-        mean_energy = self.gram.diagonal().double().mean().item() / max(self.tokens, 1)
-        return max(pseudo_tokens * mean_energy, 1e-12)
+        """lambda for a prior that weighs as much as `pseudo_tokens` tokens of typical channel energy.
+
+        Typical is the median channel: a few channels carry the huge activations of the first token, and a mean over
+        them would hold all the others to the prior.
+        """
+        energy = self.gram.diagonal().double() / max(self.tokens, 1)
+        return max(pseudo_tokens * energy.median().item(), 1e-6 * energy.mean().item(), 1e-12)
 
     def solve(self, prior: Tensor, pseudo_tokens: float) -> Tensor:
         """The fitted matrix [n, D] in fp32, shrunk towards `prior` [n, D]."""

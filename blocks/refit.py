@@ -35,7 +35,7 @@ def refit_sweep(
         child: the child's tensors, one mapping a layer (`LayerLibrary.layer_weights`).
         changed: indices of the layers that differ from the parent's.
         tokens: the fitting text.
-        pseudo_tokens: how strongly the present values hold, in tokens of mean channel energy.
+        pseudo_tokens: how strongly the present values hold, in tokens of typical channel energy.
         on_layer: told each finished layer.
     """
     parent_stream = sweep.embed(tokens)
@@ -64,8 +64,6 @@ def _refit_layer(
         h = parent_stream[batch]
         target_middle[batch] = middle = add_subblock(original, h, attention_input(original, h, math))
         target[batch] = add_subblock(original, middle, ffn_input(original, middle, math))
-    importance = 1.0 / target.float().pow(2).mean(-1).clamp_min(1e-12)
-    importance /= importance.mean()
     for read, goal in ((attention_input, target_middle), (ffn_input, target)):
         if read is attention_input and not has_ffn(own):
             goal = target  # with no FFN behind it, the attention answers for the whole layer
@@ -81,7 +79,7 @@ def _refit_layer(
         statistics = Statistics(inputs[0].shape[-1], stream.shape[-1], stream.device)
         bias = own.get(f"{name}.bias", 0)
         for batch, a in zip(sweep.batches(stream), inputs, strict=True):
-            statistics.add(a, goal[batch] - stream[batch] - bias, importance[batch])
+            statistics.add(a, goal[batch] - stream[batch] - bias)
         matrix = own[f"{name}.weight"]
         own[f"{name}.weight"] = statistics.solve(matrix.T, pseudo_tokens).T.to(matrix.dtype)
         stream = torch.cat(

@@ -5,7 +5,7 @@ Every count here equals the count of the built model, to the parameter: the test
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blocks.errors import ConfigError
 from blocks.spec import WIDTH_MULTIPLE, Architecture, AttentionSpec, FFNSpec, LayerSpec
@@ -91,6 +91,24 @@ class ModelShape:
             raise ConfigError(f"{layer.ffn} is wider than the parent's {self.intermediate_size}")
         if layer.ffn.kind == "width" and layer.ffn.width % WIDTH_MULTIPLE and layer.ffn.width != self.intermediate_size:
             raise ConfigError(f"{layer.ffn}: FFN widths must be multiples of {WIDTH_MULTIPLE}, or the parent's own")
+
+
+def as_built(shape: ModelShape, architecture: Architecture) -> tuple[ModelShape, Architecture]:
+    """The shape and architecture that a child really has on disk; count its parameters with these two.
+
+    The child's form knows FFN widths in multiples of 256 (the rest are zero channels) and one flag for all attention
+    biases (a missing one is a zero bias).
+    """
+    bias = shape.qkv_bias or shape.o_bias
+    built = Architecture(tuple(LayerSpec(layer.attention, _padded(layer.ffn)) for layer in architecture))
+    width = _padded(FFNSpec("width", shape.intermediate_size)).width
+    return replace(shape, qkv_bias=bias, o_bias=bias, intermediate_size=width), built
+
+
+def _padded(ffn: FFNSpec) -> FFNSpec:
+    if ffn.kind != "width":
+        return ffn
+    return FFNSpec("width", -(-ffn.width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:

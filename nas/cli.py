@@ -35,7 +35,10 @@ RecipeOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU if there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Remove what this step made before, and start anew.")]
+RestartOption = Annotated[
+    bool,
+    typer.Option("--restart", help="Start anew: `score` empties the run directory, `distill` removes what it made."),
+]
 DEFAULT_RUN = Path("runs/default")
 
 
@@ -56,10 +59,14 @@ def score(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text: .txt, .jsonl, .parquet, a directory of them, a datasets id, or python-docs."),
+        typer.Option(
+            help="Text: .txt, .jsonl, .parquet, a directory of them (.md and .rst too), a datasets id[:config][:split], or python-docs."
+        ),
     ] = None,
     run: RunOption = DEFAULT_RUN,
-    space: Annotated[str | None, typer.Option(help="Search space: a recipe's name or a YAML file.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Search space: default, quick, keep_or_skip, or a YAML file.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Engine that must serve the child: vllm or transformers.")] = None,
     method: Annotated[str | None, typer.Option(help="one-pass (guard set exact), exact, or both.")] = None,
     text_column: Annotated[
@@ -203,10 +210,11 @@ def search(
     from rich.console import Console
 
     from blocks.spec import Architecture
+    from nas.costs import CostModel
     from nas.show import architecture_map, budget_lines, search_table
 
-    console = Console()
-    console.print(architecture_map(Architecture.from_list(found["layers"]), parent.shape, console.width))
+    console, architecture = Console(), Architecture.from_list(found["layers"])
+    console.print(architecture_map(architecture, CostModel(parent.shape, scenario), console.width))
     console.print(budget_lines(found))
     console.print(search_table(found))
     typer.echo(f"{run / 'child'} written; next: nas distill{run_flag(run)}")

@@ -32,7 +32,7 @@ class ScoreConfig:
     fit: str = "fitted"
     """"fitted" in closed form, or "cut": the published initialisation, for comparison."""
     pseudo_tokens: float = 100.0
-    """Weight of the cut matrix in each ridge fit, in tokens of mean channel energy."""
+    """Weight of the cut matrix in each ridge fit, in tokens of typical channel energy."""
     label_samples: int = 4
     """Labels drawn per token for one-pass scores."""
     exact_tokens: int = 8192
@@ -67,7 +67,7 @@ class SearchConfig:
     refit: bool = True
     """Whether assembled children get the closed-form refit sweep."""
     refit_pseudo_tokens: float = 1000.0
-    """Weight of the present matrices in the refit sweep, in tokens of mean channel energy."""
+    """Weight of the present matrices in the refit sweep, in tokens of typical channel energy."""
     verify_tokens: int = 32_768
     """Calibration tokens for the true KL of assembled children."""
 

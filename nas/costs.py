@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from blocks.errors import ConfigError
-from blocks.shape import ModelShape
-from blocks.spec import Architecture, LayerSpec
+from blocks.shape import ModelShape, as_built
+from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
 
+NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -88,8 +89,16 @@ class CostModel:
         return self.shape.kv_values_per_token(layer.attention) * self.kv_bytes_per_value
 
     def layer_bytes(self, layer: LayerSpec) -> int:
-        """Weights and KV cache of one layer."""
-        return self.shape.layer_parameters(layer) * self.weight_bytes + self.layer_kv_bytes(layer)
+        """Weights and KV cache of one layer of a child, as it is on disk."""
+        shape, (built,) = as_built(self.shape, Architecture((layer,)))
+        return shape.layer_parameters(built) * self.weight_bytes + self.layer_kv_bytes(layer)
+
+    def kept(self, spec: AttentionSpec | FFNSpec) -> float:
+        """The share of the parent's bytes that one subblock keeps: weights, and KV cache of an attention."""
+        own = self.shape.parent_layer
+        if isinstance(spec, AttentionSpec):
+            return self.layer_bytes(LayerSpec(spec, NO_FFN)) / self.layer_bytes(LayerSpec(own.attention, NO_FFN))
+        return self.layer_bytes(LayerSpec(NO_ATTENTION, spec)) / self.layer_bytes(LayerSpec(NO_ATTENTION, own.ffn))
 
     @property
     def fixed_bytes(self) -> int:
@@ -101,10 +110,18 @@ class CostModel:
         return round(self.scenario.reserve_gb * 1e9)
 
     def cost(self, architecture: Architecture) -> Cost:
-        attention = sum(self.shape.attention_parameters(layer.attention) for layer in architecture)
-        ffn = sum(self.shape.ffn_parameters(layer.ffn) for layer in architecture)
+        """Of a child, as it is on disk."""
+        return self._cost(*as_built(self.shape, architecture))
+
+    def parent_cost(self) -> Cost:
+        """Of the parent as it is."""
+        return self._cost(self.shape, self.shape.parent_architecture)
+
+    def _cost(self, shape: ModelShape, architecture: Architecture) -> Cost:
+        attention = sum(shape.attention_parameters(layer.attention) for layer in architecture)
+        ffn = sum(shape.ffn_parameters(layer.ffn) for layer in architecture)
         return Cost(
-            parameters=self.shape.parameters(architecture),
+            parameters=shape.parameters(architecture),
             fixed_bytes=self.shape.fixed_parameters * self.weight_bytes,
             attention_bytes=attention * self.weight_bytes,
             ffn_bytes=ffn * self.weight_bytes,
@@ -114,7 +131,7 @@ class CostModel:
 
     def budget_for_share(self, share: float) -> int:
         """Bytes of the budget that keeps `share` of what can change: attention and FFN weights and KV cache."""
-        parent = self.cost(self.shape.parent_architecture)
+        parent = self.parent_cost()
         return self.fixed_bytes + int(share * (parent.total_bytes - self.fixed_bytes))
 
     def formula(self, architecture: Architecture) -> str:

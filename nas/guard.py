@@ -59,13 +59,12 @@ def fit_map(pairs: Sequence[tuple[LayerSpec, float, float]]) -> dict[str, float]
 
 
 def rank_correlation(pairs: Sequence[tuple[LayerSpec, float, float]]) -> dict[str, Any]:
-    """Spearman's rank correlation of one-pass with exact scores: over all pairs, and where only one subblock changed."""
+    """Spearman's rank correlation of one-pass with exact scores; None for fewer than `ENOUGH` pairs, or no differences."""
     from scipy.stats import spearmanr
 
-    def correlate(chosen: list[tuple[float, float]]) -> float | None:
-        if len(chosen) < ENOUGH:
-            return None
-        value = float(spearmanr([a for a, _ in chosen], [b for _, b in chosen]).statistic)
-        return value if math.isfinite(value) else None
-
-    return {"candidates": len(pairs), "spearman": correlate([(a, b) for _, a, b in pairs])}
+    estimates, truths = [a for _, a, _ in pairs], [b for _, _, b in pairs]
+    spearman = None
+    if len(pairs) >= ENOUGH and len(set(estimates)) > 1 and len(set(truths)) > 1:
+        value = float(spearmanr(estimates, truths).statistic)
+        spearman = value if math.isfinite(value) else None
+    return {"candidates": len(pairs), "spearman": spearman}

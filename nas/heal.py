@@ -6,6 +6,7 @@ budget's dtype. The table that `nas show` prints is in results.json.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def run_distill(
         if done.get("key") == key:
             reporter.say(f"This child is healed already: {run.path('healed')}")
             return done
+    _set_aside_other_child(run, found["key"], reporter)
     architecture = Architecture.from_list(found["layers"])
     healing = _heal(run, parent, architecture, config, found, device, reporter)
     heldout = measure(
@@ -65,6 +67,21 @@ def run_distill(
     }
     save_json(run.path("results.json"), result)
     return result
+
+
+def _set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
+    """Keeps what was healed for an earlier search under its own name, and notes which search distill/ is for."""
+    marker = run.path("distill") / "search.json"
+    if run.has("distill") and (earlier := _search_of(marker)) not in (None, search):
+        for name in ("distill", "healed"):
+            if run.has(name):
+                run.path(name).rename(run.path(f"{name}-{earlier}"))
+        reporter.say(f"The healing of an earlier search is kept in {run.path(f'distill-{earlier}')}")
+    save_json(marker, {"search": search})
+
+
+def _search_of(marker: Path) -> str | None:
+    return str(json.loads(marker.read_text())["search"]) if marker.is_file() else None
 
 
 def _heal(

@@ -12,6 +12,8 @@ from nas.guard import guard_set
 from search_spaces import SearchSpace
 
 FP32 = 4
+HEAD_CHUNK = 2048  # tokens whose logits are held at a time (nas.scoring)
+STREAM_BYTES = 8e9  # of candidates' streams in one suffix sweep (nas.score)
 
 
 def plan_score(config: RunConfig, shape: ModelShape, space: SearchSpace) -> dict[str, Any]:
@@ -27,6 +29,11 @@ def plan_score(config: RunConfig, shape: ModelShape, space: SearchSpace) -> dict
     stream = shape.hidden_size * FP32
     fit = 6 * config.data.fit_tokens * stream + 3 * shape.intermediate_size**2 * FP32
     scoring = (shape.num_hidden_layers + 1 + score.label_samples) * config.data.calibration_tokens * stream
+    exact_tokens = min(score.exact_tokens, config.data.calibration_tokens)
+    scoring += HEAD_CHUNK * shape.vocab_size * 3 * FP32
+    suffixes = (shape.num_hidden_layers + 1) * exact_tokens * stream + 2 * min(
+        STREAM_BYTES, exact * exact_tokens * stream
+    )
     library = sum(
         2 * shape.hidden_size * (spec.ffn.width + shape.hidden_size * (spec.attention.kind != "skip"))
         for specs in candidates
@@ -39,8 +46,8 @@ def plan_score(config: RunConfig, shape: ModelShape, space: SearchSpace) -> dict
         "scored_exactly": exact,
         "fit_tokens": config.data.fit_tokens,
         "calibration_tokens": config.data.calibration_tokens,
-        "exact_tokens": min(score.exact_tokens, config.data.calibration_tokens),
-        "memory_gb": round((shape.parameters(shape.parent_architecture) * FP32 + max(fit, scoring)) / 1e9, 3),
+        "exact_tokens": exact_tokens,
+        "memory_gb": round((shape.parameters(shape.parent_architecture) * FP32 + max(fit, scoring, suffixes)) / 1e9, 3),
         "library_gb": round(library / 1e9, 3),
     }
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from blocks.candidates import FitConfig, fit_layer
-from blocks.errors import CheckpointError
+from blocks.errors import CheckpointError, ConfigError
 from blocks.files import clear_leftovers, save_json
 from blocks.library import BlockLibrary
 from blocks.parent import Parent
-from blocks.spec import LayerSpec
+from blocks.shape import as_built
+from blocks.spec import Architecture, LayerSpec
 from blocks.sweep import Sweep
 from nas.assemble import to_tokens
 from nas.data import load_pack, prepare_data
@@ -160,6 +161,8 @@ class Scoring:
         else:
             assert estimate is not None
             score, source = estimate["tok"] * factors.get(kind_of(spec), factors[""]), "one-pass"
+        built_shape, (built,) = as_built(shape, Architecture((spec,)))
+        parameters = built_shape.layer_parameters(built)
         return ScoreRow(
             layer=layer,
             attention=str(spec.attention),
@@ -169,8 +172,8 @@ class Scoring:
             one_pass=estimate and estimate["tok"],
             one_pass_seq=estimate and estimate["seq"],
             exact=truth,
-            parameters=shape.layer_parameters(spec),
-            weight_bytes=2 * shape.layer_parameters(spec),
+            parameters=parameters,
+            weight_bytes=2 * parameters,
             kv_bytes_per_token=2 * shape.kv_values_per_token(spec.attention),
         )
 
@@ -217,6 +220,11 @@ def run_score(run: Run, parent: Parent, device: torch.device, reporter: Reporter
     """Does what is missing of `nas score` in a run directory and returns its summary (score.json)."""
     started = time.perf_counter()
     space = load_space(run.config.space, run.config.target)
+    if parent.shape.qk_norm and space.target != "transformers":
+        raise ConfigError(
+            f"--target {space.target} does not serve children of {parent.family.model_type}: the Nemotron form has no "
+            "query and key norms there; use --target transformers"
+        )
     scoring = Scoring(run, make_sweep(parent, device), space, reporter)
     for directory in (run.directory, scoring.library.directory, run.path("scores")):
         clear_leftovers(directory)

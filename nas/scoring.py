@@ -175,10 +175,10 @@ def kl_to_parent(head: Tensor, parent: Tensor, children: Sequence[Tensor]) -> Te
         chunk = slice(start, start + HEAD_CHUNK)
         log_p = torch.log_softmax((flat_parent[chunk] @ head.T).float(), dim=-1)
         p = log_p.exp()
-        negative_entropy = (p * log_p).sum(-1)
         for row, child in enumerate(flat_children):
-            logits = (child[chunk] @ head.T).float()
-            result[row, chunk] = negative_entropy - (p * logits).sum(-1) + logits.logsumexp(-1)
+            # The difference first: entropies and cross-entropies apart lose 2e-4 nats to fp32 over 49,152 tokens.
+            log_q = torch.log_softmax((child[chunk] @ head.T).float(), dim=-1)
+            result[row, chunk] = log_q.neg_().add_(log_p).mul_(p).sum(-1)
     return result.unflatten(1, (-1, length)).mean(2)
 
 

@@ -94,7 +94,7 @@ class Candidates:
         binding = max(parts, key=lambda name: parts[name])
         sizes = ", ".join(f"{name} {size / 1e9:.4f} GB" for name, size in parts.items())
         scenario = self.costs.scenario
-        parent = self.costs.cost(self.costs.shape.parent_architecture).total_bytes
+        parent = self.costs.parent_cost().total_bytes
         share = -(-(smallest - fixed) * 10_000 // (parent - fixed)) / 10_000
         message = (
             f"no child of this space fits {self.budget_bytes / 1e9:.4f} GB: the smallest takes {_up(smallest)} GB ({sizes}); "
@@ -102,6 +102,11 @@ class Candidates:
             f"--context {scenario.context}, or use a wider --space"
         )
         return InfeasibleBudgetError(message, smallest / 1e9, binding)
+
+
+def _how_measured(config: SearchConfig) -> dict[str, Any]:
+    """What the true KL of a child depends on: how many are measured does not matter."""
+    return {name: value for name, value in to_dict(config).items() if name not in ("verify", "distance")}
 
 
 def _up(size: int) -> str:
@@ -131,7 +136,8 @@ def run_search(
     """Does what is missing of `nas search` and returns what it wrote to architecture.json."""
     started = time.perf_counter()
     candidates = load_candidates(run, parent.shape, config, scenario)
-    key = digest(to_dict(config), asdict(scenario), run.path("scores.csv").read_text())
+    key_parts = {"search": to_dict(config), "scenario": asdict(scenario), "scores": run.path("scores.csv").read_text()}
+    key = digest(key_parts)
     if run.has("architecture.json") and run.has("child/config.json"):
         done = run.read("architecture.json", "search")
         if done.get("key") == key:
@@ -152,7 +158,8 @@ def run_search(
         pseudo_tokens=config.refit_pseudo_tokens if config.refit else None,
         reporter=reporter,
     )
-    ledger = Ledger(run.path("study.journal"), f"search-{key}", candidates.specs, candidates.budget_bytes)
+    measured_with = digest(key_parts | {"search": _how_measured(config)})
+    ledger = Ledger(run.path("study.journal"), f"search-{measured_with}", candidates.specs, candidates.budget_bytes)
     trials, children = _measure(candidates, proposals, assembler, ledger, reporter)
     best = children["child"]
     for name, child in children.items():
@@ -171,7 +178,7 @@ def run_search(
         "scenario": asdict(scenario),
         "formula": candidates.costs.formula(best.architecture),
         "cost": candidates.costs.cost(best.architecture).to_json(),
-        "parent_cost": candidates.costs.cost(parent.shape.parent_architecture).to_json(),
+        "parent_cost": candidates.costs.parent_cost().to_json(),
         "uniform_cost": None if uniform is None else candidates.costs.cost(uniform).to_json(),
         "predicted_kl": candidates.predicted(best.architecture),
         "optimum": {"score": pool[0].score, "bound": pool[0].bound},

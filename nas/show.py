@@ -11,6 +11,7 @@ from rich.text import Text
 
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, AttentionSpec, FFNSpec
+from nas.costs import CostModel, Scenario
 from nas.run import Run
 from nas.table import load_table
 
@@ -27,7 +28,8 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
         console.print(scores_summary(run))
     if run.has("architecture.json"):
         found = run.read("architecture.json", "search")
-        console.print(architecture_map(Architecture.from_list(found["layers"]), shape, console.width))
+        costs = CostModel(shape, Scenario(**found["scenario"]))
+        console.print(architecture_map(Architecture.from_list(found["layers"]), costs, console.width))
         console.print(budget_lines(found))
         healed = run.read("results.json", "distill") if run.has("results.json") else {}
         # Results of an earlier search stay until the new child is healed; they are not this child's.
@@ -65,8 +67,8 @@ def correlation_line(made: dict[str, Any]) -> str:
     )
 
 
-def architecture_map(architecture: Architecture, shape: ModelShape, width: int) -> RenderableType:
-    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's cost kept.
+def architecture_map(architecture: Architecture, costs: CostModel, width: int) -> RenderableType:
+    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's bytes kept.
 
     `width` is that of the terminal in characters; what does not fit goes on below.
     """
@@ -78,10 +80,8 @@ def architecture_map(architecture: Architecture, shape: ModelShape, width: int) 
         for index in part:
             spec = architecture[index]
             header.append(f"{index:>4} ", style="dim")
-            attention.append(
-                *_cell(_attention_label(spec.attention), spec.attention.kv_heads / shape.num_key_value_heads)
-            )
-            ffn.append(*_cell(_ffn_label(spec.ffn), spec.ffn.width / shape.intermediate_size))
+            attention.append(*_cell(_attention_label(spec.attention), costs.kept(spec.attention)))
+            ffn.append(*_cell(_ffn_label(spec.ffn), costs.kept(spec.ffn)))
         lines += [header, attention, ffn]
     legend = Text("attention: KV heads, ffn: channels, lin: one matrix, -: skipped; share kept: ")
     for (_, colour), label in zip(SHADES, ("none", "to 1/3", "to 2/3", "below all", "all"), strict=True):

@@ -4,7 +4,7 @@
 
 CASES.json lists [place, when, [words of the command ...]]. Each case runs in a process forked here, so that importing torch
 is paid once, and sends SIGKILL to itself. Places are the name of a file, "before" or "after" it gets its name;
-`rename`, before the `when`-th renaming of a directory; and `journal`, at the `when`-th line of the study's journal, half of
+`rename`, before the `when`-th renaming while children are written; and `journal`, at the `when`-th line of the study's journal, half of
 it written and its lock held. Prints the exit codes.
 """
 

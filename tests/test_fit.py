@@ -15,35 +15,32 @@ from blocks.fit import Statistics, contribution, greedy_order
 
 @dataclass
 class Regression:
-    """A random weighted least squares problem with correlated channels of different sizes, and a prior."""
+    """A random least squares problem with correlated channels of different sizes, and a prior."""
 
     inputs: Tensor
     targets: Tensor
-    weights: Tensor | None
     prior: Tensor
 
     def statistics(self, batch: int = 7) -> Statistics:
         statistics = Statistics(self.inputs.shape[1], self.targets.shape[1], "cpu")
         for start in range(0, len(self.inputs), batch):
             rows = slice(start, start + batch)
-            statistics.add(self.inputs[rows], self.targets[rows], None if self.weights is None else self.weights[rows])
+            statistics.add(self.inputs[rows], self.targets[rows])
         return statistics
 
     def error(self, matrix: Tensor, channels: Tensor | None = None) -> float:
-        """Weighted squared error of a matrix on (the given channels of) the problem."""
+        """Squared error of a matrix on (the given channels of) the problem."""
         inputs = self.inputs if channels is None else self.inputs[:, channels]
-        errors = (inputs.double() @ matrix.double() - self.targets.double()).pow(2).sum(1)
-        return float((errors if self.weights is None else errors * self.weights.double()).sum())
+        return float((inputs.double() @ matrix.double() - self.targets.double()).pow(2).sum())
 
     def dense(self, channels: Tensor, ridge: float) -> Tensor:
         """The least squares solution of the system augmented by the ridge, in fp64."""
-        root = torch.ones(len(self.inputs)) if self.weights is None else self.weights.sqrt()
-        a = torch.cat((root[:, None] * self.inputs[:, channels], ridge**0.5 * torch.eye(len(channels)))).double()
-        y = torch.cat((root[:, None] * self.targets, ridge**0.5 * self.prior[channels])).double()
+        a = torch.cat((self.inputs[:, channels], ridge**0.5 * torch.eye(len(channels)))).double()
+        y = torch.cat((self.targets, ridge**0.5 * self.prior[channels])).double()
         return torch.linalg.lstsq(a, y).solution.float()
 
 
-def regression(seed: int, tokens: int = 60, channels: int = 12, outputs: int = 5, weighted: bool = True) -> Regression:
+def regression(seed: int, tokens: int = 60, channels: int = 12, outputs: int = 5) -> Regression:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -53,8 +50,7 @@ def regression(seed: int, tokens: int = 60, channels: int = 12, outputs: int = 5
     inputs = inputs * normal(channels).exp()
     prior = normal(channels, outputs)
     targets = inputs @ (prior + 0.5 * normal(channels, outputs)) + normal(tokens, outputs)
-    weights = normal(tokens).exp() if weighted else None
-    return Regression(inputs, targets, weights, prior)
+    return Regression(inputs, targets, prior)
 
 
 def assert_same_outputs(problem: Regression, one: Tensor, other: Tensor, channels: Tensor | None = None) -> None:
@@ -67,21 +63,42 @@ def all_channels(problem: Regression) -> Tensor:
     return torch.arange(problem.inputs.shape[1])
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("pseudo_tokens", [0.01, 1.0, 100.0])
-def test_ridge_equals_dense_least_squares_of_the_augmented_system(weighted: bool, pseudo_tokens: float) -> None:
-    problem = regression(0, weighted=weighted)
+def test_ridge_equals_dense_least_squares_of_the_augmented_system(pseudo_tokens: float) -> None:
+    problem = regression(0)
     statistics = problem.statistics()
     fitted = statistics.solve(problem.prior, pseudo_tokens)
     dense = problem.dense(all_channels(problem), statistics.ridge(pseudo_tokens))
     assert_same_outputs(problem, fitted, dense)
 
 
-def test_ridge_is_so_many_tokens_of_mean_channel_energy() -> None:
+@pytest.mark.parametrize("channels", [1, 11, 12])
+def test_ridge_is_so_many_tokens_of_median_channel_energy(channels: int) -> None:
+    problem = regression(1, channels=channels)
+    energies = sorted(problem.inputs.double().pow(2).mean(0).tolist())
+    median = energies[(channels - 1) // 2]  # the lower one of two
+    for pseudo_tokens in (0.5, 100.0):
+        assert problem.statistics().ridge(pseudo_tokens) == pytest.approx(pseudo_tokens * median, rel=1e-5)
+
+
+def test_one_huge_channel_does_not_change_the_ridge() -> None:
+    """As a channel that carries the first token's huge activation: the mean energy grows 10,000-fold, the median not."""
     problem = regression(1)
-    assert problem.weights is not None
-    energy = (problem.weights[:, None] * problem.inputs.pow(2)).mean()
-    assert problem.statistics().ridge(100.0) == pytest.approx(100 * float(energy), rel=1e-5)
+    before = problem.statistics()
+    loudest = int(problem.inputs.pow(2).mean(0).argmax())
+    problem.inputs[0, loudest] = 1e3 * problem.inputs.abs().max()
+    after = problem.statistics()
+    assert after.gram.trace() > 1e4 * before.gram.trace()
+    assert after.ridge(100.0) == before.ridge(100.0)
+
+
+def test_ridge_is_at_least_a_millionth_of_the_mean_channel_energy() -> None:
+    """Where most channels never fire the median is zero, and where nothing fires the ridge still is not."""
+    problem = regression(1)
+    problem.inputs[:, 2:] = 0.0
+    energy = float(problem.inputs.pow(2).mean())
+    assert problem.statistics().ridge(100.0) == pytest.approx(1e-6 * energy, rel=1e-5)
+    assert Statistics(12, 5, "cpu").ridge(100.0) > 0.0
 
 
 def test_a_strong_prior_wins_and_no_prior_leaves_least_squares() -> None:
@@ -115,14 +132,13 @@ def test_prefix_solves_equal_separate_solves(seed: int) -> None:
     seed=st.integers(0, 10_000),
     tokens=st.integers(1, 60),
     channels=st.integers(1, 20),
-    weighted=st.booleans(),
     pseudo_tokens=st.sampled_from([1e-3, 1.0, 100.0]),
     data=st.data(),
 )
 def test_fitted_is_never_worse_than_cut_on_the_fitting_text(
-    seed: int, tokens: int, channels: int, weighted: bool, pseudo_tokens: float, data: st.DataObject
+    seed: int, tokens: int, channels: int, pseudo_tokens: float, data: st.DataObject
 ) -> None:
-    problem = regression(seed, tokens, channels, weighted=weighted)
+    problem = regression(seed, tokens, channels)
     order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
     width = data.draw(st.integers(1, channels), label="width")
     (fitted,) = problem.statistics().solve_prefixes(problem.prior, order, [width], pseudo_tokens)
@@ -147,7 +163,7 @@ def test_a_gram_that_rounding_made_indefinite_is_still_solved() -> None:
 
 
 def test_contribution_is_rms_activation_times_output_norm() -> None:
-    problem = regression(4, weighted=False)
+    problem = regression(4)
     expected = problem.inputs.norm(dim=0) * problem.prior.norm(dim=1)
     torch.testing.assert_close(contribution(problem.statistics().gram, problem.prior), expected)
 
@@ -191,7 +207,7 @@ def test_greedy_order_explains_more_than_contribution_order() -> None:
         latent = torch.randn(300, 48, generator=generator) * torch.logspace(0, -1.5, 48)
         inputs = latent @ torch.randn(48, 48, generator=generator)
         prior = torch.randn(48, 24, generator=generator)
-        problem = Regression(inputs, inputs @ prior, None, prior)
+        problem = Regression(inputs, inputs @ prior, prior)
         statistics = problem.statistics(batch=300)
         total = problem.error(torch.zeros_like(prior))
         orders = (

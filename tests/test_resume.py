@@ -29,7 +29,8 @@ IN_SCORE = (
     ("scores.csv", "before"),
     ("score.json", "before"),
 )
-IN_SEARCH = (("journal", 2), ("journal", 4), ("rename", 1), ("rename", 2))
+IN_SEARCH = (("journal", 2), ("journal", 4), ("rename", 2), ("rename", 4))  # renaming the child, the uniform baseline
+LARGER = ("--budget", "0.8", "--batch", 1, "--context", 128)
 
 
 def kill(cases: Sequence[tuple[str, object, Sequence[object]]], directory: Path) -> None:
@@ -47,15 +48,25 @@ def whole(directory: Path, part: str) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def killed_scores(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("killed_scores")
-    kill([(file, when, world.score_words(directory / f"{file}-{when}")) for file, when in IN_SCORE], directory)
+def killed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All killed runs, one directory each. Searches are given relative ones: Optuna's lock is a symbolic link, and one that
+    leads nowhere would be waited for forever."""
+    directory = tmp_path_factory.mktemp("killed")
+    cases: list[tuple[str, object, Sequence[object]]] = []
+    for file, when in IN_SCORE:
+        cases.append((file, when, world.score_words(directory / f"{file}-{when}")))
+    for place, count in IN_SEARCH:
+        run = world.copy("scored", directory / f"{place}-{count}")
+        cases.append((place, count, ("search", "--run", run.name, *BUDGET)))
+    # The third renaming: the old child is moved aside, the new one not yet in its place.
+    cases.append(("rename", 3, ("search", "--run", world.copy("searched", directory / "replacing"), *LARGER)))
+    kill(cases, directory)
     return directory
 
 
 @pytest.mark.parametrize(("file", "when"), IN_SCORE)
-def test_killed_scores_end_as_if_never_killed(world: World, killed_scores: Path, file: str, when: str) -> None:
-    run = killed_scores / f"{file}-{when}"
+def test_killed_scores_end_as_if_never_killed(world: World, killed: Path, file: str, when: str) -> None:
+    run = killed / f"{file}-{when}"
     assert [path.name.split(".")[1] for path in run.rglob("*.tmp")] == [file.split(".")[0]] * (when == "before")
     assert len(list(run.rglob(file))) == (when == "after")
     done = {part: whole(run, part) for part in ("library", "scores")}
@@ -109,18 +120,6 @@ def test_corrupt_leftovers_are_ignored(world: World, tmp_path: Path) -> None:
     assert contents(run / "child") == contents(world.runs / "searched" / "child")
 
 
-@pytest.fixture(scope="module")
-def killed_searches(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In relative run directories: Optuna's lock is a symbolic link, and one that leads nowhere is waited for forever."""
-    directory = tmp_path_factory.mktemp("killed_searches")
-    cases = []
-    for place, when in IN_SEARCH:
-        run = world.copy("scored", directory / f"{place}-{when}")
-        cases.append((place, when, ("search", "--run", run.name, *BUDGET)))
-    kill(cases, directory)
-    return directory
-
-
 def trials(run: Path) -> list[dict[str, Any]]:
     """What the journal holds: its whole lines that add a trial (operation 4 of Optuna's journal)."""
     lines = (run / "study.journal").read_bytes().split(b"\n")[:-1]
@@ -130,10 +129,10 @@ def trials(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 @pytest.mark.parametrize(("place", "when"), IN_SEARCH)
 def test_killed_searches_lose_no_trial(
-    world: World, killed_searches: Path, monkeypatch: pytest.MonkeyPatch, place: str, when: int
+    world: World, killed: Path, monkeypatch: pytest.MonkeyPatch, place: str, when: int
 ) -> None:
     monkeypatch.setattr(nas.study, "LOCK_SECONDS", 1)
-    monkeypatch.chdir(killed_searches)
+    monkeypatch.chdir(killed)
     run = Path(f"{place}-{when}")
     measured = trials(run)
     assert len(measured) == (when - 2 if place == "journal" else 3)
@@ -150,12 +149,11 @@ def test_killed_searches_lose_no_trial(
     assert not list(run.rglob(".*")) and not (run / "study.journal.lock").is_symlink()
 
 
-def test_a_search_killed_while_it_replaces_another_child(world: World, tmp_path: Path) -> None:
-    run, words = world.copy("searched", tmp_path / "run"), ("--budget", "0.8", "--batch", 1, "--context", 128)
-    kill([("rename", 2, ("search", "--run", run, *words))], tmp_path)
+def test_a_search_killed_while_it_replaces_another_child(world: World, killed: Path, tmp_path: Path) -> None:
+    run = killed / "replacing"
     assert (run / ".child.old").exists() and not (run / "child").exists()
     assert nas_command("distill", "--run", run).code == 1
-    succeed("search", "--run", run, *words)
+    succeed("search", "--run", run, *LARGER)
     untroubled = world.copy("searched", tmp_path / "untroubled")
-    succeed("search", "--run", untroubled, *words)
+    succeed("search", "--run", untroubled, *LARGER)
     assert contents(run / "child") == contents(untroubled / "child") and not list(run.rglob(".*"))

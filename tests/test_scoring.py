@@ -252,6 +252,16 @@ def test_kl_to_parent_equals_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(kl_to_parent(head, parent, [parent]), torch.zeros(1, 3), rtol=0, atol=1e-6)
 
 
+def test_a_small_kl_survives_a_large_vocabulary() -> None:
+    """A difference of entropies would be 5 % off here."""
+    generator = torch.Generator().manual_seed(0)
+    head, parent, noise = (torch.randn(size, generator=generator) for size in ((50_000, 32), *[(2, 64, 32)] * 2))
+    child = parent + 0.01 * noise
+    expected = dense_kl(parent.double() @ head.double().T, child.double() @ head.double().T)
+    assert 1e-4 < expected.mean() < 1e-2
+    torch.testing.assert_close(kl_to_parent(head, parent, [child])[0], expected, rtol=0, atol=1e-6)
+
+
 def assembled_logits(sweep: Sweep, directory: Path, layer: int, spec: LayerSpec, library: LayerLibrary) -> Tensor:
     """The child with one layer replaced: written to disk, loaded as a checkpoint, run by its own model code."""
     store = sweep.parent.weights()

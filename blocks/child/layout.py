@@ -7,7 +7,6 @@ either all attention projections carry a bias or none does (Qwen2's missing o_pr
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from blocks.errors import CheckpointError
 from blocks.families import CHILD_TYPE, family_of, read_sizes
-from blocks.shape import ModelShape, ffn_mult
-from blocks.spec import WIDTH_MULTIPLE, Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.shape import ModelShape, as_built, ffn_mult
+from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,20 +53,6 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         flags = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(config.mlp_bias), "qk_norm": bool(config.qk_norm)}
         return read_sizes(config, flags)
     return family_of(config.model_type).shape(config)
-
-
-def as_built(shape: ModelShape, architecture: Architecture) -> tuple[ModelShape, Architecture]:
-    """The shape and architecture that a child really has on disk; count its parameters with these two."""
-    bias = shape.qkv_bias or shape.o_bias
-    built = Architecture(tuple(LayerSpec(layer.attention, _padded(layer.ffn)) for layer in architecture))
-    width = _padded(FFNSpec("width", shape.intermediate_size)).width
-    return dataclasses.replace(shape, qkv_bias=bias, o_bias=bias, intermediate_size=width), built
-
-
-def _padded(ffn: FFNSpec) -> FFNSpec:
-    if ffn.kind != "width":
-        return ffn
-    return FFNSpec("width", -(-ffn.width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
 
 
 def expected_tensors(shape: ModelShape, architecture: Architecture) -> dict[str, tuple[int, ...]]:
