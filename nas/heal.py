@@ -6,7 +6,6 @@ budget's dtype. The table that `nas show` prints is in results.json.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,18 +69,20 @@ def run_distill(
 
 
 def _set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
-    """Keeps what was healed for an earlier search under its own name, and notes which search distill/ is for."""
-    marker = run.path("distill") / "search.json"
-    if run.has("distill") and (earlier := _search_of(marker)) not in (None, search):
+    """Keeps what was healed for an earlier search under its own name, and notes which search distill/ is for.
+
+    What was kept for this search before is taken up again.
+    """
+    marker = "distill/search.json"
+    earlier = run.read(marker, "distill").get("search") if run.has(marker) else None
+    if earlier not in (None, search):
         for name in ("distill", "healed"):
             if run.has(name):
                 run.path(name).rename(run.path(f"{name}-{earlier}"))
+            if run.has(f"{name}-{search}"):
+                run.path(f"{name}-{search}").rename(run.path(name))
         reporter.say(f"The healing of an earlier search is kept in {run.path(f'distill-{earlier}')}")
-    save_json(marker, {"search": search})
-
-
-def _search_of(marker: Path) -> str | None:
-    return str(json.loads(marker.read_text())["search"]) if marker.is_file() else None
+    save_json(run.path(marker), {"search": search})
 
 
 def _heal(

@@ -98,9 +98,15 @@ def test_another_budget_needs_no_other_scores_and_forgets_old_results(world: Wor
     assert (run / "architecture.json").read_text() != old
     assert "after healing" not in succeed("show", "--run", run).out
     assert "results" not in succeed("show", "--run", run, "--json").json
-    assert "--restart" in fails(1, "distill", "--run", run, *HEALING)
-    succeed("distill", "--run", run, *HEALING, "--restart")
-    assert "after healing" in succeed("show", "--run", run).out
+    for budget in ("0.8", "0.6", "0.8"):  # healing goes on with each where it was
+        succeed("search", "--run", run, "--budget", budget, "--batch", 1, "--context", 128)
+        succeed("distill", "--run", run, *HEALING)
+        assert "after healing" in succeed("show", "--run", run).out
+        if budget == "0.6":
+            for part in ("healed", "distill"):
+                assert contents(run / part) == contents(world.runs / "healed" / part)
+    assert "--restart" in fails(1, "distill", "--run", run, *HEALING, "--seed", 1)
+    succeed("distill", "--run", run, *HEALING, "--seed", 1, "--restart")
 
 
 def test_a_budget_of_everything_gives_the_parent(world: World, tmp_path: Path) -> None:
