@@ -8,7 +8,7 @@ is fitted to the whole layer, h_out - h_in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,7 @@ class _LayerBuilder:
         for spec in specs:
             if spec.ffn.kind == "linear":
                 self._linear_ffn(spec, middle)
-            elif spec.ffn.kind == "skip" and attention.kind == "kv" and self.config.method == "fitted":
+            elif spec.ffn.kind == "skip" and attention.kind != "skip" and self.config.method == "fitted":
                 self._compensate_ffn_skip(spec, context)
 
     def _attention(self, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -170,9 +170,10 @@ class _LayerBuilder:
         self.library.put(spec, LINEAR_FFN, self._solve(normalised, self.output - middle, None).T)
 
     def _compensate_ffn_skip(self, spec: LayerSpec, context: Tensor) -> None:
-        prior = self.library.attention_weights(spec.attention)[O_PROJ].T
-        bias = self.weights.get("self_attn.o_proj.bias", 0)
-        self.library.put(spec, O_PROJ, self._solve(context, self.output - self.input - bias, prior).T)
+        name = LINEAR_ATTENTION if spec.attention.kind == "linear" else O_PROJ
+        prior = self.library.attention_weights(spec.attention)[name].T
+        bias = self.weights.get("self_attn.o_proj.bias", 0) if name == O_PROJ else 0
+        self.library.put(spec, name, self._solve(context, self.output - self.input - bias, prior).T)
 
     def _solve(self, inputs: Tensor, targets: Tensor, prior: Tensor | None) -> Tensor:
         """Ridge from inputs [N, S, n] to targets [N, S, D]; returns [n, D]."""
@@ -183,5 +184,5 @@ class _LayerBuilder:
             prior = torch.zeros_like(statistics.cross)
         return statistics.solve(prior, self.config.pseudo_tokens)
 
-    def _each(self, function, stream: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def _each(self, function: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
         return torch.cat([function(stream[batch]) for batch in self.sweep.batches(stream)])

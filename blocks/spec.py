@@ -118,7 +118,7 @@ class Architecture:
         """Reads the `layers` of an architecture.json. Raises CheckpointError if it is not one."""
         try:
             return cls.from_list(json.loads(path.read_text())["layers"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(
                 f"{path} is not an architecture file ({error}); run `nas search` to write one"
             ) from error

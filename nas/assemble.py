@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class Assembler:
             yield "lm_head.weight", store.head
 
 
-def to_tokens(pack, most: int | None, device: torch.device) -> Tensor:  # type: ignore[no-untyped-def]
+def to_tokens(pack: np.ndarray, most: int | None, device: torch.device) -> Tensor:
     """The first sequences of a token pack [sequences, S], about `most` tokens (at least one sequence), as int64."""
     count = len(pack) if most is None else max(1, most // pack.shape[1])
     return torch.from_numpy(pack[:count].astype("int64")).to(device)

@@ -42,7 +42,7 @@ def run_distill(
             reporter.say(f"This child is healed already: {run.path('healed')}")
             return done
     _set_aside_other_child(run, found["key"], reporter)
-    architecture = Architecture.from_list(found["layers"])
+    architecture = Architecture.load(run.path("architecture.json"))
     healing = _heal(run, parent, architecture, config, found, device, reporter)
     heldout = measure(
         parent, {"healed": run.path("healed")}, load_pack(run.path("data") / "heldout.npy"), device, reporter

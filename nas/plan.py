@@ -13,7 +13,7 @@ from search_spaces import SearchSpace
 
 FP32 = 4
 HEAD_CHUNK = 2048  # tokens whose logits are held at a time (nas.scoring)
-STREAM_BYTES = 8e9  # of candidates' streams in one suffix sweep (nas.score)
+MOST_STREAMS = 16  # candidates in one suffix sweep (nas.score)
 
 
 def plan_score(config: RunConfig, shape: ModelShape, space: SearchSpace) -> dict[str, Any]:
@@ -31,9 +31,8 @@ def plan_score(config: RunConfig, shape: ModelShape, space: SearchSpace) -> dict
     scoring = (shape.num_hidden_layers + 1 + score.label_samples) * config.data.calibration_tokens * stream
     exact_tokens = min(score.exact_tokens, config.data.calibration_tokens)
     scoring += HEAD_CHUNK * shape.vocab_size * 3 * FP32
-    suffixes = (shape.num_hidden_layers + 1) * exact_tokens * stream + 2 * min(
-        STREAM_BYTES, exact * exact_tokens * stream
-    )
+    streams = shape.num_hidden_layers + 1 + 2 * min(exact, MOST_STREAMS)
+    suffixes = streams * exact_tokens * stream
     library = sum(
         2 * shape.hidden_size * (spec.ffn.width + shape.hidden_size * (spec.attention.kind != "skip"))
         for specs in candidates

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from nas.table import ScoreRow, save_table
 from search_spaces import SearchSpace, load_space
 
 STREAM_BYTES = 8e9  # of candidates' residual streams carried through a suffix sweep at once
+MOST_STREAMS = 16  # no more of them either: results are kept, and progress is seen, after every sweep
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Scoring:
         if not missing:
             return
         reference = run_reference(self.sweep, self.tokens("calibration", self.config.exact_tokens))
-        most = max(1, int(STREAM_BYTES // (reference.hidden.numel() * reference.hidden.element_size())))
+        most = min(MOST_STREAMS, int(STREAM_BYTES // (reference.hidden.numel() * reference.hidden.element_size())))
         with self.reporter.task("Exact scores of the guard set", sum(len(guarded[i]) for i in missing)) as advance:
             for layers, specs in _groups(missing, guarded, most):
                 opened = [(self.library.open(i, self.sweep.layer(i)), s) for i, s in zip(layers, specs, strict=True)]
@@ -177,7 +179,7 @@ class Scoring:
             kv_bytes_per_token=2 * shape.kv_values_per_token(spec.attention),
         )
 
-    def _file(self, kind: str, layer: int):  # type: ignore[no-untyped-def]
+    def _file(self, kind: str, layer: int) -> Path:
         return self.run.path("scores") / f"{kind}_{layer:03d}.json"
 
     def _save(self, kind: str, layer: int, specs: Sequence[LayerSpec], values: dict[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
     if run.has("architecture.json"):
         found = run.read("architecture.json", "search")
         costs = CostModel(shape, Scenario(**found["scenario"]))
-        console.print(architecture_map(Architecture.from_list(found["layers"]), costs, console.width))
+        console.print(architecture_map(Architecture.load(run.path("architecture.json")), costs, console.width))
         console.print(budget_lines(found))
         healed = run.read("results.json", "distill") if run.has("results.json") else {}
         # Results of an earlier search stay until the new child is healed; they are not this child's.
