@@ -100,7 +100,7 @@ class RunConfig:
 
 ON_CPU: dict[str, dict[str, Any]] = {
     "data": {"fit_tokens": 8192, "calibration_tokens": 4096, "heldout_tokens": 8192, "train_tokens": 2_000_000},
-    # Little text asks for a stronger hold on the parent's own matrices (docs/benchmarks.md).
+    # Little text asks for a stronger hold on the parent's own matrices (benchmarks/priors.py).
     "score": {"label_samples": 2, "exact_tokens": 512, "pseudo_tokens": 3000.0},
     "search": {"verify": 2, "verify_tokens": 4096, "refit_pseudo_tokens": 10_000.0},
     "distill": {

@@ -131,7 +131,7 @@ class CostModel:
 
     def budget_for_share(self, share: float) -> int:
         """Bytes of the budget that keeps `share` of what can change: attention and FFN weights and KV cache."""
-        parent = self.parent_cost()
+        parent = self.cost(self.shape.parent_architecture)  # as built, so that a share of 1 admits it
         return self.fixed_bytes + int(share * (parent.total_bytes - self.fixed_bytes))
 
     def formula(self, architecture: Architecture) -> str:

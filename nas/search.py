@@ -94,7 +94,7 @@ class Candidates:
         binding = max(parts, key=lambda name: parts[name])
         sizes = ", ".join(f"{name} {size / 1e9:.4f} GB" for name, size in parts.items())
         scenario = self.costs.scenario
-        parent = self.costs.parent_cost().total_bytes
+        parent = self.costs.cost(self.costs.shape.parent_architecture).total_bytes
         share = -(-(smallest - fixed) * 10_000 // (parent - fixed)) / 10_000
         message = (
             f"no child of this space fits {self.budget_bytes / 1e9:.4f} GB: the smallest takes {_up(smallest)} GB ({sizes}); "
