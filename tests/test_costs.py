@@ -141,7 +141,7 @@ def test_a_bad_scenario_names_its_flag(fields: dict[str, object], message: str) 
 
 
 def test_a_budget_of_the_whole_parent_admits_it_even_where_its_ffn_is_padded() -> None:
-    shape = replace(SMOLLM2, intermediate_size=1500)
+    shape = dataclasses.replace(SMOLLM2, intermediate_size=1500)
     costs = CostModel(shape, Scenario())
     assert costs.cost(shape.parent_architecture).total_bytes <= costs.budget_for_share(1.0)
     assert costs.cost(shape.parent_architecture).parameters > costs.parent_cost().parameters
