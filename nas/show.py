@@ -108,10 +108,13 @@ def budget_lines(found: dict[str, Any]) -> RenderableType:
     """The budget, the formula with its numbers, and how the search ended."""
     cost, parent = found["cost"], found["parent_cost"]
     best = min(found["trials"], key=lambda trial: trial["kl"])
+    fixed = cost["fixed_bytes"] + cost["reserve_bytes"]
+    share = (found["budget_bytes"] - fixed) / (parent["total_bytes"] - fixed)
     return Text(
-        f"budget  {found['budget_bytes']:,} B = {found['budget_gb']:.4f} GB = {found['budget_bytes'] / 2**30:.4f} GiB\n"
+        f"budget  {found['budget_bytes']:,} B = {found['budget_gb']:.4f} GB = {found['budget_bytes'] / 2**30:.4f} GiB, "
+        f"{share:.1%} of the parent's attention, FFN and KV cache\n"
         f"child   {found['formula']}\n"
-        f"parent  {parent['total_bytes']:,} B = {parent['gb']:.4f} GB; the child keeps {cost['total_bytes'] / parent['total_bytes']:.1%}\n"
+        f"parent  {parent['total_bytes']:,} B = {parent['gb']:.4f} GB; the child keeps {cost['total_bytes'] / parent['total_bytes']:.1%} of all\n"
         f"search  additive optimum {found['optimum']['score']:.4f}, proven bound {found['optimum']['bound']:.4f}; "
         f"best child predicted {best['predicted_kl']:.4f}, true KL {best['kl']:.4f} on calibration text"
     )
