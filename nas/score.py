@@ -129,17 +129,25 @@ class Scoring:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Step 4."""
-        one_pass = {key: value for i in self.layers for key, value in self._load("one_pass", i).items()}
-        exact = {key: value["kl"] for i in self.layers for key, value in self._load("exact", i).items()}
-        pairs = [(LayerSpec.parse(k[1]), one_pass[k]["tok"], e) for k, e in exact.items() if k in one_pass]
-        factors = fit_map(pairs)
+        by_sequence = {key: value for i in self.layers for key, value in self._load("one_pass", i).items()}
+        exact_by_sequence = {key: value["kl"] for i in self.layers for key, value in self._load("exact", i).items()}
+        one_pass = {key: {n: float(np.mean(v)) for n, v in value.items()} for key, value in by_sequence.items()}
+        exact = {key: float(np.mean(kl)) for key, kl in exact_by_sequence.items()}
+        both = {key: LayerSpec.parse(key[1]) for key in exact if key in one_pass}
+        # The map also takes one-pass values to the level of the text that the exact scores are of ...
+        factors = fit_map([(spec, one_pass[key]["tok"], exact[key]) for key, spec in both.items()])
+        # ... while the two methods are compared on the same sequences, the first ones.
+        same_text = [
+            (spec, float(np.mean(by_sequence[key]["tok"][: len(exact_by_sequence[key])])), exact[key])
+            for key, spec in both.items()
+        ]
         rows = [self._row(i, spec, one_pass, exact, factors) for i in self.layers for spec in self.candidates[i]]
         save_table(self.run.path("scores.csv"), rows)
         summary = {
             "parent": self.run.config.parent,
             "candidates": sum(map(len, self.changed)),
             "exact": len(exact),
-            "rank_correlation": rank_correlation(pairs),
+            "rank_correlation": rank_correlation(same_text),
             "nats_per_one_pass": factors,
             "tokens": {part: int(self.tokens(part).numel()) for part in ("fit", "calibration")},
             "label_samples": self.config.label_samples,
@@ -190,15 +198,16 @@ class Scoring:
         }
         save_json(self._file(kind, layer), content)
 
-    def _load(self, kind: str, layer: int) -> dict[tuple[int, str], dict[str, float]]:
-        """Means over the sequences."""
+    def _load(self, kind: str, layer: int) -> dict[tuple[int, str], dict[str, list[float]]]:
+        """Per-sequence values of each candidate of a layer."""
         file = self._file(kind, layer)
         if not file.exists():
             return {}
         try:
             content = json.loads(file.read_text())
             return {
-                (layer, spec): {n: float(np.mean(v)) for n, v in values.items()} for spec, values in content.items()
+                (layer, spec): {name: [float(x) for x in row] for name, row in values.items()}
+                for spec, values in content.items()
             }
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); delete it and run `nas score` again") from error
