@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from blocks.library import BlockLibrary
 from blocks.parent import Parent, open_parent
 from nas.assemble import Assembler, Child, to_tokens
 from nas.config import DataConfig, RunConfig, ScoreConfig, SearchConfig
@@ -27,10 +28,9 @@ from nas.costs import Scenario
 from nas.data import load_pack
 from nas.progress import Reporter
 from nas.run import Run, create_run
-from nas.score import Scoring, make_sweep, run_score
+from nas.score import make_sweep, run_score
 from nas.scoring import kl_to_parent
 from nas.search import load_candidates
-from search_spaces import load_space
 
 BUDGETS = (0.9, 0.7, 0.5)
 FLOORS = {0.9: 0.072, 0.7: 0.314, 0.5: 0.745}
@@ -73,7 +73,7 @@ def measure(run: Run, parent: Parent, device: torch.device, split: str, fit: str
     data = run.path("data")
     heldout = to_tokens(load_pack(data / "heldout.npy"), None, device)
     hidden = sweep.run(heldout)
-    library = Scoring(run, sweep, load_space("default"), Reporter()).library
+    library = BlockLibrary(run.path("library"))
     assembler = Assembler(
         sweep=sweep,
         library=library,

@@ -9,11 +9,11 @@ from distill.config import DistillConfig
 from nas.config import RunConfig, SearchConfig
 from nas.costs import Scenario
 from nas.guard import guard_set
+from nas.score import MOST_STREAMS
+from nas.scoring import HEAD_CHUNK
 from search_spaces import SearchSpace
 
 FP32 = 4
-HEAD_CHUNK = 2048  # tokens whose logits are held at a time (nas.scoring)
-MOST_STREAMS = 16  # candidates in one suffix sweep (nas.score)
 
 
 def plan_score(config: RunConfig, shape: ModelShape, space: SearchSpace) -> dict[str, Any]:

@@ -67,8 +67,11 @@ class Scoring:
                 self.run.config.data, parent.tokenizer(), parent.shape.vocab_size, self.run.path("data"), advance
             )
 
+    def pack(self, part: str) -> np.ndarray:
+        return load_pack(self.run.path("data") / f"{part}.npy")
+
     def tokens(self, part: str, most: int | None = None) -> Tensor:
-        return to_tokens(load_pack(self.run.path("data") / f"{part}.npy"), most, self.sweep.device)
+        return to_tokens(self.pack(part), most, self.sweep.device)
 
     def fit(self) -> None:
         """Step 1. Layers whose file is there are only run through; behind the last missing one nothing is run."""
@@ -149,7 +152,7 @@ class Scoring:
             "exact": len(exact),
             "rank_correlation": rank_correlation(same_text),
             "nats_per_one_pass": factors,
-            "tokens": {part: int(self.tokens(part).numel()) for part in ("fit", "calibration")},
+            "tokens": {part: self.pack(part).size for part in ("fit", "calibration")},
             "label_samples": self.config.label_samples,
             "exact_tokens": int(self.tokens("calibration", self.config.exact_tokens).numel()),
             "device": str(self.sweep.device),

@@ -7,7 +7,6 @@ line, so a process killed while writing leaves at most half a line, which the ne
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +38,6 @@ class Ledger:
 
     def __init__(self, path: Path, name: str, space: Sequence[Sequence[LayerSpec]], limit: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        logging.getLogger("optuna").setLevel(logging.WARNING)
         self.path, self.limit = path.resolve(), limit  # the lock is a link, which must hold from any directory
         with write_errors(path):
             _drop_half_line(self.path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, spoil, tiny_llama
+from tiny import LLAMA3_ROPE, TINY, spoil, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen3Config
 
@@ -18,14 +18,6 @@ from blocks.child.configuration_decilm import DeciLMConfig, block_config
 from blocks.child.modeling_decilm import DeciLMForCausalLM
 from blocks.spec import Architecture
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 PARENTS = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
 from blocks.errors import ConfigError, DataError
-from nas.data import PARTS, DataConfig, load_documents, load_pack, prepare_data, split_documents
+from nas.data import MINIMUM_SEQUENCES, PARTS, DataConfig, load_documents, load_pack, prepare_data, split_documents
 
 EOS = 257
 SMALL = DataConfig(sequence_length=16, fit_tokens=512, calibration_tokens=256, heldout_tokens=256)
@@ -273,7 +273,8 @@ def test_too_little_text(tmp_path: Path, documents: int, characters: int, says: 
 
 def test_needed_tokens_is_enough(tmp_path: Path) -> None:
     config = replace(SMALL, source=corpus(tmp_path / "text", SMALL.needed_tokens // 39 + 1, 30))
-    prepare_data(config, TOKENIZER, 272, tmp_path / "data")
+    split = prepare_data(config, TOKENIZER, 272, tmp_path / "data")
+    assert all(len(split.pack(part)) >= MINIMUM_SEQUENCES for part in PARTS)
 
 
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:

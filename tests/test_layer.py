@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import LLAMA3_ROPE, TINY
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,14 +21,6 @@ from blocks.layer import LayerMath, layer_forward
 from blocks.parent import open_parent
 from blocks.sweep import Sweep
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama gqa": LlamaConfig(**TINY),

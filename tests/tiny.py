@@ -23,6 +23,15 @@ TINY = {
     "initializer_range": 0.2,  # large enough that every subblock matters to the logits
 }
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte (ids 0..255), then <bos> 256, <eos> 257, <pad> 258."""
