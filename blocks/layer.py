@@ -49,8 +49,10 @@ class LayerMath:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (x.float() * scale).to(x.dtype)
+    """RMSNorm of x in fp32, in the dtype of `weight`, which is the precision that the layer computes in."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(weight.dtype)
 
 
 def project(w: Weights, name: str, x: Tensor) -> Tensor:
@@ -121,6 +123,7 @@ def add_subblock(w: Weights, h: Tensor, last: tuple[str, Tensor] | None) -> Tens
 
 
 def layer_forward(w: Weights, h: Tensor, math: LayerMath) -> Tensor:
-    """One whole layer on the residual stream h [B, S, D]."""
+    """One whole layer on the residual stream h [B, S, D], added up in fp32."""
+    h = h.float()
     h = add_subblock(w, h, attention_input(w, h, math))
     return add_subblock(w, h, ffn_input(w, h, math))

@@ -4,14 +4,15 @@ One safetensors file a layer, `library/layer_007.safetensors`. Names inside, T a
 
     attention:kv1/T              tensors of this attention candidate that differ from the parent's
     attention:kv1/order          FFN channels [I] by falling importance when this attention stands before the FFN
-    attention:kv1+ffn:768/T      tensors fitted for the pair: down_proj [D, 768], or o_proj where the FFN is skipped
+    attention:kv1+ffn:768/T      tensors fitted for the pair: down_proj [D, 768], or o_proj where the FFN is skipped; after
+                                 block-local distillation gate, up and down_proj, or q, k, v and o_proj
 
 Matrices are kept in bf16, the precision children are served in; scores are taken with what is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,22 +31,40 @@ LIBRARY_DTYPE = torch.bfloat16
 
 @dataclass
 class LayerLibrary:
-    """The candidates of one layer over the parent's tensors `parent` of that layer."""
+    """The candidates of one layer over the parent's tensors `parent` of that layer.
+
+    `place` is where what is put lies: None for the parent's device, or the CPU (page-locked memory), because the candidates
+    of a very wide layer are larger than the layer by far.
+    """
 
     parent: Weights
     entries: dict[str, Tensor] = field(default_factory=dict)
+    place: torch.device | None = None
+
+    def at(self, parent: Weights) -> LayerLibrary:
+        """The same candidates over the parent's tensors in another precision."""
+        return LayerLibrary(parent, self.entries, self.place)
+
+    def only(self, specs: Collection[LayerSpec]) -> LayerLibrary:
+        """What these candidates need, and nothing else."""
+        owners = {str(spec) for spec in specs} | {str(spec.attention) for spec in specs}
+        return LayerLibrary(self.parent, {k: v for k, v in self.entries.items() if k.rpartition("/")[0] in owners})
 
     def put(self, owner: AttentionSpec | LayerSpec, name: str, tensor: Tensor) -> Tensor:
         """Keeps a matrix at library precision and returns it as it will be read back."""
         kept = tensor.to(LIBRARY_DTYPE)
-        self.entries[f"{owner}/{name}"] = kept
+        if self.place is None or self.place == kept.device:
+            self.entries[f"{owner}/{name}"] = kept
+        else:
+            away = torch.empty(kept.shape, dtype=kept.dtype, device=self.place, pin_memory=kept.is_cuda)
+            self.entries[f"{owner}/{name}"] = away.copy_(kept, non_blocking=True)
         return kept.to(self._dtype)
 
     def put_order(self, attention: AttentionSpec, order: Tensor) -> None:
         self.entries[f"{attention}/order"] = order.to(torch.int32)
 
     def order(self, attention: AttentionSpec) -> Tensor:
-        return self.entries[f"{attention}/order"].long()
+        return self.entries[f"{attention}/order"].to(self._device, torch.long)
 
     def has_order(self, attention: AttentionSpec) -> bool:
         return f"{attention}/order" in self.entries
@@ -55,7 +74,7 @@ class LayerLibrary:
         prefix = f"{owner}/"
         found = {k.removeprefix(prefix): v for k, v in self.entries.items() if k.startswith(prefix)}
         found.pop("order", None)
-        return {name: tensor.to(self._dtype) for name, tensor in found.items()}
+        return {name: tensor.to(self._device, self._dtype, non_blocking=True) for name, tensor in found.items()}
 
     def attention_weights(self, spec: AttentionSpec) -> dict[str, Tensor]:
         """All tensors of an attention candidate: none for a skip, the parent's with what differs otherwise."""
@@ -90,6 +109,10 @@ class LayerLibrary:
     def _dtype(self) -> torch.dtype:
         return next(iter(self.parent.values())).dtype
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parent.values())).device
+
 
 def _not_built(spec: AttentionSpec | LayerSpec) -> CheckpointError:
     return CheckpointError(f"the block library holds no {spec}; run `nas score` with a recipe that lists it")
@@ -101,20 +124,30 @@ class BlockLibrary:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def path(self, layer: int) -> Path:
-        return self.directory / f"layer_{layer:03d}.safetensors"
+    def path(self, layer: int, spec: LayerSpec | None = None) -> Path:
+        """Of all candidates of a layer, or of one that was built alone."""
+        alone = "" if spec is None else f".{str(spec).replace(':', '-')}"
+        return self.directory / f"layer_{layer:03d}{alone}.safetensors"
 
-    def has(self, layer: int) -> bool:
-        return self.path(layer).is_file()
+    def has(self, layer: int, spec: LayerSpec | None = None) -> bool:
+        """Whether all candidates of a layer are there, or the one asked for."""
+        return self.path(layer).is_file() or (spec is not None and self.path(layer, spec).is_file())
 
-    def save(self, layer: int, library: LayerLibrary) -> None:
-        save_tensors(self.path(layer), library.entries)
+    def save(self, layer: int, library: LayerLibrary, spec: LayerSpec | None = None) -> None:
+        entries = library.entries if spec is None else library.only([spec]).entries
+        save_tensors(self.path(layer, spec), entries)
 
-    def open(self, layer: int, parent: Mapping[str, Tensor]) -> LayerLibrary:
-        """Reads one layer onto the parent tensors' device. Raises CheckpointError if the file is damaged or missing."""
+    def open(self, layer: int, parent: Mapping[str, Tensor], spec: LayerSpec | None = None) -> LayerLibrary:
+        """Reads one layer (or one candidate of it, if that is all there is) onto the parent tensors' device.
+
+        Raises CheckpointError if the file is damaged or missing.
+        """
         device = next(iter(parent.values())).device
+        path = self.path(layer)
+        if not path.is_file() and spec is not None:
+            path = self.path(layer, spec)
         try:
-            return LayerLibrary(parent, load_file(self.path(layer), device=str(device)))
+            return LayerLibrary(parent, load_file(path, device=str(device)))
         except (OSError, SafetensorError) as error:
-            message = f"{self.path(layer)} cannot be read ({error}); delete it and run `nas score` again to rebuild that layer"
+            message = f"{path} cannot be read ({error}); delete it and run `nas score` again to rebuild that layer"
             raise CheckpointError(message) from error

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blocks.fit import sum_dtype
 from blocks.layer import O_PROJ, LayerMath, Weights, queries_keys_values
+from blocks.ranks import Ranks
 
 Q, K, V = (f"self_attn.{name}_proj" for name in "qkv")
 
@@ -36,20 +38,26 @@ class MergeStatistics:
     """
 
     def __init__(self, kv_heads: int, head_dim: int, device: torch.device | str) -> None:
-        half = head_dim // 2
-        self.keys = torch.zeros(half, kv_heads, kv_heads, dtype=torch.complex64, device=device)
-        self.queries = torch.zeros(kv_heads, half, device=device)
-        self.values = torch.zeros(kv_heads * head_dim, kv_heads * head_dim, device=device)
+        half, real = head_dim // 2, sum_dtype(device)
+        self.keys = torch.zeros(half, kv_heads, kv_heads, dtype=real.to_complex(), device=device)
+        self.queries = torch.zeros(kv_heads, half, dtype=real, device=device)
+        self.values = torch.zeros(kv_heads * head_dim, kv_heads * head_dim, dtype=real, device=device)
 
     def add(self, w: Weights, h: Tensor, math: LayerMath) -> None:
-        """Adds a batch of layer inputs h [B, S, D] (all sums, so ranks can be added up)."""
-        q, k, v = (x.float() for x in queries_keys_values(w, h, math))
+        """Adds a batch of layer inputs h [B, S, D]."""
+        q, k, v = (x.to(self.values.dtype) for x in queries_keys_values(w, h, math))
         keys, queries = to_complex(k), to_complex(q)
         self.keys += torch.einsum("bgsf,bksf->fgk", keys, keys.conj())
         grouped = queries.abs().pow(2).unflatten(1, (k.shape[1], -1))
         self.queries += grouped.sum((0, 2, 3))
         flat = v.transpose(1, 2).flatten(2).flatten(0, 1)
         self.values.addmm_(flat.T, flat)
+
+    def reduce(self, ranks: Ranks) -> MergeStatistics:
+        """Adds up the ranks' sums. Call once, after the last batch."""
+        for sums in (torch.view_as_real(self.keys), self.queries, self.values):
+            ranks.sum_(sums)
+        return self
 
 
 def to_complex(x: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ def _merge_keys(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeSta
     group = parent_heads // kv_heads
     weight = statistics.queries.clamp_min(1e-12).sqrt()  # [K, E/2]
     weight = weight / weight.mean()
-    into_shared = torch.empty(parent_heads, half, dtype=torch.complex64, device=weight.device)
+    into_shared = torch.empty(parent_heads, half, dtype=statistics.keys.dtype, device=weight.device)
     into_queries = torch.empty_like(into_shared)
     for start in range(0, parent_heads, group):
         heads = slice(start, start + group)
@@ -110,7 +118,7 @@ def _merge_keys(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeSta
 def _merge_values(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeStatistics) -> dict[str, Tensor]:
     head_dim, parent_heads = math.head_dim, _rows(w, V) // math.head_dim
     group, size = parent_heads // kv_heads, parent_heads // kv_heads * head_dim
-    output = w[O_PROJ].float().unflatten(1, (parent_heads, -1, head_dim))  # [D, K, H/K, E]
+    output = w[O_PROJ].to(statistics.values.dtype).unflatten(1, (parent_heads, -1, head_dim))  # [D, K, H/K, E]
     shared_output = torch.empty_like(output)
     changed: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {"weight": [], "bias": []}
@@ -120,12 +128,14 @@ def _merge_values(w: Weights, kv_heads: int, math: LayerMath, statistics: MergeS
         root, inverse_root = _roots(metric)
         channels = slice(start * head_dim, start * head_dim + size)
         covariance = root @ statistics.values[channels, channels] @ root
-        directions = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors[:, -head_dim:]
+        # Values that span fewer directions than a head has leave the last ones to rounding: choose them, always the same.
+        unused = torch.linspace(1.0, 2.0, size).to(covariance) * covariance.diagonal().mean() * 1e-6
+        directions = torch.linalg.eigh((covariance + covariance.T) / 2 + unused.diag()).eigenvectors[:, -head_dim:]
         directions = directions * directions.sum(0).sign().where(directions.sum(0) != 0, 1.0)
         reduce, restore = directions.T @ root, (inverse_root @ directions).unflatten(0, (group, head_dim))
         for part, pieces in parts.items():
             if (values := w.get(f"{V}.{part}")) is not None:
-                pieces.append((reduce @ values[channels].float()).to(values.dtype))
+                pieces.append((reduce @ values[channels].to(reduce.dtype)).to(values.dtype))
         shared_output[:, start : start + group] = torch.einsum(
             "dghe,gef->dghf", output[:, start : start + group], restore
         )

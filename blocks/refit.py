@@ -2,7 +2,7 @@
 
 Layer by layer on the child's own stream, o_proj and down_proj are refitted by ridge towards their present values so that
 the child's residual stream returns to the parent's: first after the attention, then after the FFN. Errors that earlier
-layers left are corrected by the layers that follow. No gradient step; about three forward passes.
+layers left are corrected by the layers that follow. No gradient step; about four forward passes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from blocks.fit import Statistics
-from blocks.layer import Weights, add_subblock, attention_input, ffn_input, has_ffn
+from blocks.layer import LayerMath, Weights, add_subblock, attention_input, ffn_input, has_ffn
 from blocks.sweep import Sweep
+
+Read = Callable[[Weights, Tensor, LayerMath], tuple[str, Tensor] | None]
+"""What a subblock's last matrix reads: `attention_input` or `ffn_input`."""
 
 
 @torch.no_grad()
@@ -38,11 +41,10 @@ def refit_sweep(
         pseudo_tokens: how strongly the present values hold, in tokens of typical channel energy.
         on_layer: told each finished layer.
     """
-    parent_stream = sweep.embed(tokens)
+    parent_stream = sweep.embed(tokens, torch.float32)
     stream = parent_stream
     refitted: list[dict[str, Tensor]] = []
-    for index, own in enumerate(child):
-        original = sweep.layer(index)
+    for (index, original), own in zip(sweep.layers(sweep.parent.shape.layers), child, strict=True):
         if stream is parent_stream and index not in changed:
             refitted.append(dict(own))
             stream = parent_stream = sweep.forward(original, parent_stream)
@@ -59,30 +61,40 @@ def _refit_layer(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One layer; returns its new tensors and the child's and the parent's streams after it."""
     math = sweep.math(stream.shape[1])
-    target_middle, target = torch.empty_like(stream), torch.empty_like(stream)
-    for batch in sweep.batches(parent_stream):
-        h = parent_stream[batch]
-        target_middle[batch] = middle = add_subblock(original, h, attention_input(original, h, math))
-        target[batch] = add_subblock(original, middle, ffn_input(original, middle, math))
+    target_middle, target = sweep.empty_like(stream), sweep.empty_like(stream)
+    with sweep.fast_products():
+        for batch, (h,) in sweep.read(parent_stream):
+            middle = add_subblock(original, h, attention_input(original, h, math))
+            sweep.store.write(target_middle, batch, middle)
+            sweep.store.write(target, batch, add_subblock(original, middle, ffn_input(original, middle, math)))
     for read, goal in ((attention_input, target_middle), (ffn_input, target)):
         if read is attention_input and not has_ffn(own):
             goal = target  # with no FFN behind it, the attention answers for the whole layer
-        name, inputs = "", []
-        for batch in sweep.batches(stream):
-            last = read(own, stream[batch], math)
-            if last is None:
-                break
-            name = last[0]
-            inputs.append(last[1])
-        if not inputs:
-            continue
-        statistics = Statistics(inputs[0].shape[-1], stream.shape[-1], stream.device)
-        bias = own.get(f"{name}.bias", 0)
-        for batch, a in zip(sweep.batches(stream), inputs, strict=True):
-            statistics.add(a, goal[batch] - stream[batch] - bias)
-        matrix = own[f"{name}.weight"]
-        own[f"{name}.weight"] = statistics.solve(matrix.T, pseudo_tokens).T.to(matrix.dtype)
-        stream = torch.cat(
-            [add_subblock(own, stream[b], (name, a)) for b, a in zip(sweep.batches(stream), inputs, strict=True)]
-        )
+        stream = _refit_subblock(sweep, own, read, stream, goal, pseudo_tokens)
     return own, stream, target
+
+
+def _refit_subblock(
+    sweep: Sweep, own: dict[str, Tensor], read: Read, stream: Tensor, goal: Tensor, pseudo_tokens: float
+) -> Tensor:
+    """Refits the last matrix of one subblock in `own`, if it has one, so that the stream behind it becomes `goal`."""
+    math = sweep.math(stream.shape[1])
+    statistics, name = None, ""
+    for _, (h, wanted) in sweep.read(stream, goal):
+        with sweep.fast_products():
+            last = read(own, h, math)
+        if last is None:
+            return stream
+        name, inputs = last
+        if statistics is None:
+            statistics = Statistics(inputs.shape[-1], stream.shape[-1], sweep.device)
+        statistics.add(inputs, wanted - h - own.get(f"{name}.bias", 0))
+    assert statistics is not None
+    matrix = own[f"{name}.weight"]
+    fitted = statistics.reduce(sweep.ranks).solve(matrix.T, pseudo_tokens)
+    own[f"{name}.weight"] = fitted.T.to(matrix.dtype)
+    moved = sweep.empty_like(stream)
+    with sweep.fast_products():
+        for batch, (h,) in sweep.read(stream):
+            sweep.store.write(moved, batch, add_subblock(own, h, read(own, h, math)))
+    return moved

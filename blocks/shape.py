@@ -33,6 +33,11 @@ class ModelShape:
     qk_norm: bool = False
 
     @property
+    def layers(self) -> range:
+        """The indices of the layers."""
+        return range(self.num_hidden_layers)
+
+    @property
     def parent_layer(self) -> LayerSpec:
         """The spec that leaves a layer as it is."""
         return LayerSpec(AttentionSpec("kv", self.num_key_value_heads), FFNSpec("width", self.intermediate_size))

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from blocks.checkpoint import write_child
@@ -16,8 +14,8 @@ from blocks.library import BlockLibrary
 from blocks.refit import refit_sweep
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
+from nas.exact import kl_to_parent
 from nas.progress import Reporter
-from nas.scoring import kl_to_parent
 
 
 @dataclass
@@ -52,7 +50,9 @@ class Assembler:
         changed = [index for index, spec in enumerate(architecture) if spec != parent]
         layers: list[Weights] = [self.sweep.layer(index) for index in range(len(architecture))]
         for index in changed:
-            layers[index] = self.library.open(index, layers[index]).layer_weights(architecture[index])
+            layers[index] = self.library.open(index, layers[index], architecture[index]).layer_weights(
+                architecture[index]
+            )
         if self.pseudo_tokens is None or not changed:
             return Child(architecture, layers)
         with self.reporter.task(f"Refitting {description}", len(layers)) as advance:
@@ -65,8 +65,8 @@ class Assembler:
         """KL(parent || child) on the verification text, nats per token."""
         if self._hidden is None:
             self._hidden = self.sweep.run(self.verify_tokens)
-        hidden = self.sweep.run(self.verify_tokens, lambda index: child.layers[index])
-        return float(kl_to_parent(self.sweep.head, self._hidden, [hidden]).mean())
+        hidden = self.sweep.run(self.verify_tokens, child.layers)
+        return float(kl_to_parent(self.sweep, self._hidden, [hidden]).mean())
 
     def write(self, child: Child, path: Path, dtype: str) -> None:
         """Writes the child as a checkpoint in `dtype`."""
@@ -81,9 +81,3 @@ class Assembler:
         yield "model.norm.weight", store.final_norm
         if not self.sweep.parent.shape.tie_word_embeddings:
             yield "lm_head.weight", store.head
-
-
-def to_tokens(pack: np.ndarray, most: int | None, device: torch.device) -> Tensor:
-    """The first sequences of a token pack [sequences, S], about `most` tokens (at least one sequence), as int64."""
-    count = len(pack) if most is None else max(1, most // pack.shape[1])
-    return torch.from_numpy(pack[:count].astype("int64")).to(device)

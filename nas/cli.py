@@ -30,7 +30,8 @@ Then [bold]nas show[/bold] draws the run. Every command can be stopped and start
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
 RecipeOption = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML file with sections run, data, score, search, scenario, distill.")
+    Path | None,
+    typer.Option("--recipe", help="YAML file with sections run, data, score, search, scenario, distill, engine."),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; a GPU if there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -38,6 +39,12 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 RestartOption = Annotated[
     bool,
     typer.Option("--restart", help="Start anew: `score` empties the run directory, `distill` removes what it made."),
+]
+WeightsOption = Annotated[
+    str | None, typer.Option(help="The parent's weights: resident on the device, streamed from disk, or auto.")
+]
+ActivationsOption = Annotated[
+    str | None, typer.Option(help="Residual streams on the device, in host memory, on disk, or auto.")
 ]
 DEFAULT_RUN = Path("runs/default")
 
@@ -51,7 +58,11 @@ nas score --parent meta-llama/Llama-3.1-8B --data wiki.parquet --run runs/8b
 
 nas score --method both                                   every candidate exactly too; prints the rank correlation
 
-nas score --dry-run --json                                the plan, for machines"""
+nas score --weights streamed --activations host           a parent larger than the GPU, layer by layer
+
+torchrun --nproc-per-node 8 -m -- nas score --run runs/8b     sequences shared out over 8 GPUs
+
+nas score --dry-run --json                                the plan: memory, bytes, FLOPs, time; for machines"""
 )
 def score(
     parent: Annotated[
@@ -81,7 +92,32 @@ def score(
     ] = None,
     label_samples: Annotated[int | None, typer.Option(help="Labels drawn per token for one-pass scores.")] = None,
     exact_tokens: Annotated[int | None, typer.Option(help="Calibration tokens for exact scores.")] = None,
-    exact_share: Annotated[float | None, typer.Option(help="Random share of candidates in the guard set.")] = None,
+    exact_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of candidates drawn at random into the guard set, beside skips and ends; 1 takes all."
+        ),
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="One-pass estimator: tok, seq, or fisher (the published diagonal one).")
+    ] = None,
+    auto_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--auto-tokens", help="Stop scoring when the chosen architectures stay the same (or as good to 1 %)."
+        ),
+    ] = None,
+    bld_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of block-local distillation after the closed-form fit; 0 is none.")
+    ] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="Of fits and one-pass scores: float32 or bfloat16; sums are fp32 or better.")
+    ] = None,
+    library: Annotated[
+        str | None, typer.Option(help="Fitted candidates: keep on disk, rebuild when needed, or auto (by size).")
+    ] = None,
+    weights: WeightsOption = None,
+    activations: ActivationsOption = None,
     fit: Annotated[str | None, typer.Option(help="fitted, or cut (published initialisation, for comparison).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split, the labels and the guard set.")] = None,
     recipe: RecipeOption = None,
@@ -91,9 +127,12 @@ def score(
     dry_run: DryRunOption = False,
 ) -> None:
     """Build, fit and score the candidates of every layer of a parent."""
+    from blocks.ranks import join
     from nas.config import DataConfig, RunConfig, ScoreConfig, build, load_recipe
+    from nas.engine_config import EngineConfig
 
-    place, sections = pick_device(device), load_recipe(recipe)
+    (ranks, place), sections = join(pick_device(device)), load_recipe(recipe)
+    engine = build(EngineConfig, sections, {"weights": weights, "activations": activations}, place.type)
     data_flags = {
         "source": data,
         "text_column": text_column,
@@ -110,6 +149,11 @@ def score(
         "label_samples": label_samples,
         "exact_tokens": exact_tokens,
         "exact_share": exact_share,
+        "estimator": estimator,
+        "auto_tokens": auto_tokens,
+        "bld_tokens": bld_tokens,
+        "compute_dtype": compute_dtype,
+        "library": library,
         "seed": seed,
     }
     run_flags = {
@@ -131,10 +175,16 @@ def score(
     if dry_run:
         from nas.plan import plan_score
 
-        return emit(plan_score(config, opened.shape, loaded_space), as_json)
-    if restart:
+        caps = {"fit": config.data.fit_tokens, "calibration": config.data.calibration_tokens}
+        plan = plan_score(config, opened, loaded_space, place, engine, ranks, caps, config.data.sequence_length, None)
+        return emit(plan.to_json(), as_json) if as_json else typer.echo("\n".join(plan.lines()))
+    if restart and ranks.main:
         empty(run)
-    summary = run_score(create_run(run, config, opened.fingerprint), opened, place, reporter(as_json))
+    opened_run = create_run(run, config, opened.fingerprint) if ranks.main else None
+    opened_run = ranks.agree(opened_run)
+    summary = run_score(opened_run, opened, place, reporter(as_json or not ranks.main), engine, ranks)
+    if not ranks.main:
+        return
     if as_json:
         return emit(summary, as_json)
     from nas.show import correlation_line
@@ -174,9 +224,11 @@ def search(
     dry_run: DryRunOption = False,
 ) -> None:
     """Choose one candidate per layer for a budget, and assemble the child."""
+    from blocks.ranks import require_one_process
     from nas.config import SearchConfig, build, load_recipe
     from nas.costs import Scenario
 
+    require_one_process("nas search")
     sections = load_recipe(recipe)
     search_flags = {
         "budget_gb": budget_gb,
@@ -249,9 +301,11 @@ def distill(
     dry_run: DryRunOption = False,
 ) -> None:
     """Heal the child by distilling from the parent, and write it."""
+    from blocks.ranks import require_one_process
     from distill.config import DistillConfig
     from nas.config import build, load_recipe
 
+    require_one_process("nas distill")
     place = pick_device(device)
     flags = {
         "tokens": tokens,

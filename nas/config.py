@@ -18,9 +18,13 @@ from blocks.errors import ConfigError
 from distill.config import DistillConfig
 from nas.costs import Scenario
 from nas.data import DataConfig
+from nas.engine_config import EngineConfig
 
 T = TypeVar("T")
+ESTIMATORS = ("tok", "seq", "fisher")
 METHODS = ("one-pass", "exact", "both")
+LIBRARIES = ("auto", "keep", "rebuild")
+COMPUTE = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,19 @@ class ScoreConfig:
 
     method: str = "one-pass"
     """"one-pass" (with a guard set scored exactly), "exact" (every candidate), or "both" (every candidate, compared)."""
+    estimator: str = "tok"
+    """Of the one-pass scores: "tok" (per token), "seq" (per sequence) or "fisher" (diagonal, the published one)."""
+    auto_tokens: bool = False
+    """Score a quarter of the calibration text, then half, then all, and stop when the chosen architectures stay the same,
+    or as good to 1 %. Needs the library on disk."""
+    compute_dtype: str = "float32"
+    """Of fits and one-pass scores: "float32" or "bfloat16"; statistics are fp32 on a GPU and fp64 on a CPU, exact scores fp32."""
+    library: str = "auto"
+    """"keep" the fitted candidates on disk; "rebuild" those that a child needs when it is assembled; "auto": by size."""
+    bld_tokens: int = 0
+    """Tokens of block-local distillation that refine each fitted candidate; 0 leaves the closed-form fit."""
+    bld_learning_rate: float = 1e-3
+    """Peak learning rate of block-local distillation (Adam)."""
     fit: str = "fitted"
     """"fitted" in closed form, or "cut": the published initialisation, for comparison."""
     pseudo_tokens: float = 100.0
@@ -40,10 +57,15 @@ class ScoreConfig:
     exact_share: float = 0.05
     """Share of the candidates that are drawn at random into the guard set, beside skips and the first and last layer."""
     seed: int = 0
-    """Of label sampling and of the guard set."""
+    """Of label sampling, the guard set, bootstrap intervals and block-local distillation."""
 
     def __post_init__(self) -> None:
         require("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
+        require("estimator", self.estimator, self.estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
+        require("library", self.library, self.library in LIBRARIES, f"one of {', '.join(LIBRARIES)}")
+        require("compute_dtype", self.compute_dtype, self.compute_dtype in COMPUTE, f"one of {', '.join(COMPUTE)}")
+        require("bld_tokens", self.bld_tokens, self.bld_tokens >= 0, "0 or more")
+        require("bld_learning_rate", self.bld_learning_rate, self.bld_learning_rate > 0, "above 0")
         require("fit", self.fit, self.fit in ("fitted", "cut"), "fitted or cut")
         require("pseudo_tokens", self.pseudo_tokens, self.pseudo_tokens > 0, "above 0")
         require("exact_share", self.exact_share, 0 <= self.exact_share <= 1, "between 0 and 1")
@@ -101,7 +123,7 @@ class RunConfig:
 ON_CPU: dict[str, dict[str, Any]] = {
     "data": {"fit_tokens": 8192, "calibration_tokens": 4096, "heldout_tokens": 8192, "train_tokens": 2_000_000},
     # Little text asks for a stronger hold on the parent's own matrices (benchmarks/priors.py).
-    "score": {"label_samples": 2, "exact_tokens": 512, "pseudo_tokens": 3000.0},
+    "score": {"exact_tokens": 512, "pseudo_tokens": 3000.0},
     "search": {"verify": 2, "verify_tokens": 4096, "refit_pseudo_tokens": 10_000.0},
     "distill": {
         "tokens": 32_768,
@@ -113,6 +135,7 @@ ON_CPU: dict[str, dict[str, Any]] = {
     },
 }
 ON_GPU: dict[str, dict[str, Any]] = {
+    "score": {"compute_dtype": "bfloat16"},
     "distill": {
         "tokens": 10_000_000,
         "batch_sequences": 32,
@@ -137,11 +160,12 @@ SECTIONS: dict[str, type] = {
     "search": SearchConfig,
     "scenario": Scenario,
     "distill": DistillConfig,
+    "engine": EngineConfig,
 }
 
 
 def load_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Reads a recipe: sections run, data, score, search, scenario, distill, each with keys of its dataclass.
+    """Reads a recipe: sections run, data, score, search, scenario, distill, engine, each with keys of its dataclass.
 
     Raises ConfigError for a file that is not there or not YAML, and for an unknown section or key, with the nearest one.
     """

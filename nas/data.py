@@ -24,9 +24,19 @@ from blocks.files import clear_leftovers, save_array, save_json
 from nas.documents import load_documents
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PARTS", "DataConfig", "DataSplit", "load_documents", "load_pack", "prepare_data", "split_documents"]
+__all__ = [
+    "PARTS",
+    "DataConfig",
+    "DataSplit",
+    "load_documents",
+    "load_pack",
+    "prepare_data",
+    "split_documents",
+    "to_tokens",
+]
 
 PARTS = ("fit", "calibration", "heldout", "train")
 MINIMUM_SEQUENCES = 8  # of each part: fewer say nothing about a model
@@ -163,6 +173,14 @@ def prepare_data(
     documents = _tokenise([texts[i] for i in order], tokenizer, vocab_size, config.wanted_tokens, progress)
     splitter = _split_by_document if config.split == "document" else _split_by_sequence
     return _write(out_dir, made_from, splitter(documents, config))
+
+
+def to_tokens(pack: np.ndarray, most: int | None, device: torch.device) -> torch.Tensor:
+    """The first sequences of a token pack [sequences, S], about `most` tokens (at least one sequence), as int64."""
+    import torch
+
+    count = len(pack) if most is None else max(1, most // pack.shape[1])
+    return torch.from_numpy(pack[:count].astype("int64")).to(device)
 
 
 def load_pack(path: Path) -> np.ndarray:

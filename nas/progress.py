@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -26,7 +26,7 @@ class Reporter:
         self.console = Console(stderr=True, quiet=quiet)
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Advance]:
@@ -35,8 +35,20 @@ class Reporter:
             yield lambda: progress.advance(task)
 
     @contextmanager
+    def tasks(self, totals: Mapping[str, int]) -> Iterator[Callable[[str], None]]:
+        """Several bars at once; call what is yielded with a description after each of its steps."""
+        with self._progress(", ".join(name for name, total in totals.items() if total)) as progress:
+            bars = {name: progress.add_task(name, total=total, note="") for name, total in totals.items() if total}
+            yield lambda name: progress.advance(bars[name])
+
+    @contextmanager
     def bar(self, description: str, total: int, note: str = "") -> Iterator[tuple[Progress, TaskID]]:
         """The rich bar itself, for callers that set the note beside it."""
+        with self._progress(description) as progress:
+            yield progress, progress.add_task(description, total=total, note=note)
+
+    @contextmanager
+    def _progress(self, said: str) -> Iterator[Progress]:
         columns = (
             TextColumn("{task.description:<28}"),
             BarColumn(bar_width=None),
@@ -47,8 +59,7 @@ class Reporter:
             TextColumn("{task.fields[note]}"),
         )
         if not self.console.is_terminal:
-            self.say(f"{description} ...")
-        with Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal or self.console.quiet
-        ) as progress:
-            yield progress, progress.add_task(description, total=total, note=note)
+            self.say(f"{said} ...")
+        disabled = not self.console.is_terminal or self.console.quiet
+        with Progress(*columns, console=self.console, disable=disabled) as progress:
+            yield progress

@@ -1,7 +1,7 @@
 """The run directory: what belongs to one parent, one text and one search space, and which stage wrote what.
 
 config.yaml        the settings of the run, resolved        data/           token packs and their split
-env.json           versions and machine                     library/        fitted candidates, a file a layer
+env.json           versions and machine                     library/        fitted candidates, by layer
 scores.csv         the score table                          score.json      how the scores were made and checked
 scores/            per-layer results (resuming)             study.journal   every child measured (Optuna)
 architecture.json  the chosen architecture                  child/          it, assembled, before healing

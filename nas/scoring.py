@@ -1,22 +1,26 @@
-"""Replace-one-block scores: what each candidate layer hurts, in nats per token of KL(parent || changed).
+"""One-pass replace-one-block scores: what each candidate layer hurts, in nats per token of KL(parent || changed).
 
-One-pass. KL has value and gradient zero at the parent, so its leading term is 1/2 d' J' F J d, with d the change that a
+KL has value and gradient zero at the parent, so its leading term is 1/2 d' J' F J d, with d the change that a
 candidate makes to its layer's output and F the Fisher matrix of the output distribution. With labels y drawn from the
 parent's own distribution and g = grad of log p(y) at that place, E[(g . d)^2] = d' J' F J d. One forward pass, one
-backward pass per label sample (activations only) score every candidate of every layer. Two estimators are kept:
-"seq", 1/2 E[(sum_t g_t . d_t)^2] / T per sequence, unbiased and noisier; "tok", 1/2 E[(g_t . d_t)^2] per token, which
-leaves out the correlation between tokens and has the lower variance.
+backward pass per label sample (activations only) score every candidate of every layer. Three estimators:
 
-Exact. Replace one layer, run the layers behind it from the stored prefix, take the KL on every token.
+    tok     1/2 E[(g_t . d_t)^2] per token: leaves out the correlation between tokens, lower variance
+    seq     1/2 E[(sum_t g_t . d_t)^2] / T per sequence: unbiased to second order, noisier
+    fisher  1/2 sum_i E[g_ti^2] d_ti^2: the diagonal Fisher that is published for pruning; leaves out channels' correlation
 
-References: Puzzle, arXiv 2411.19146 (replace-one-block scores); Optimal Brain Damage (the second-order term).
+Where d is large the term is wrong: `nas.exact` checks and replaces it there.
+
+References: Puzzle, arXiv 2411.19146 (replace-one-block scores); Optimal Brain Damage (the second-order term); Theis et
+al., arXiv 1801.05787 (diagonal Fisher of activations).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,194 +28,221 @@ from blocks.layer import (
     FFN_NORM,
     LayerMath,
     Weights,
-    add_subblock,
     attention_input,
     ffn_activation,
     ffn_input,
     layer_forward,
+    project,
 )
 from blocks.library import LayerLibrary
-from blocks.spec import LayerSpec
+from blocks.spec import AttentionSpec, LayerSpec
 from blocks.sweep import Sweep
 
-HEAD_CHUNK = 2048  # tokens whose logits are held at a time
+HEAD_VALUES = 1 << 26  # logits held at a time: a quarter of a GB in fp32
+CHANGE_VALUES = 1 << 28  # changes of a batch of tokens by several candidates, held at a time
 
 
-@dataclass
-class Reference:
-    """The parent on the calibration text.
-
-    Attributes:
-        streams: the stream entering each layer, and last the one leaving the last layer; each [N, S, D].
-        hidden: the final normalised hidden states [N, S, D].
-    """
-
-    streams: list[Tensor]
-    hidden: Tensor
-
-
-@dataclass
-class OnePassScores:
-    """Scores of the candidates of one layer, per sequence (nats per token): `seq` and `tok` [candidates, N]."""
-
-    seq: Tensor
-    tok: Tensor
+def head_rows(head: Tensor) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(1, HEAD_VALUES // len(head))
 
 
 @torch.no_grad()
-def run_reference(sweep: Sweep, tokens: Tensor, on_layer: Callable[[int], None] | None = None) -> Reference:
-    """Runs the parent once over token ids [N, S] and keeps what scoring needs."""
-    streams = [sweep.embed(tokens)]
-    for index in range(sweep.parent.shape.num_hidden_layers):
-        streams.append(sweep.forward(sweep.layer(index), streams[-1]))
-        if on_layer is not None:
-            on_layer(index)
-    return Reference(streams, sweep.finish(streams[-1]))
-
-
-@torch.no_grad()
-def output_gradients(sweep: Sweep, reference: Reference, samples: int, seed: int) -> Tensor:
-    """Gradients of log p(y) with respect to the stream leaving the last layer, y drawn from the parent: [K, N, S, D].
+def output_gradients(sweep: Sweep, last: Tensor, samples: int, seed: int, first_sequence: int = 0) -> Tensor:
+    """Gradients of log p(y) with respect to the stream leaving the last layer, y drawn from the parent: [N, S, K, D].
 
     With z the normalised hidden states, grad_z log p(y) = W_y - sum_v p_v W_v; the final norm is differentiated by autograd.
+    A label is drawn by its place in the text, so that neither batches nor ranks change it.
+
+    Args:
+        last: the stream leaving the last layer [N, S, D].
+        samples: K, labels for each token.
+        seed, first_sequence: of the draw; the number of the first sequence among all.
     """
-    generator = torch.Generator(sweep.device).manual_seed(seed)
-    last, head = reference.streams[-1], sweep.head
-    gradients = torch.empty(samples, *last.shape, device=last.device, dtype=last.dtype)
-    flat, flat_gradients = last.flatten(0, 1), gradients.flatten(1, 2)
-    for start in range(0, len(flat), HEAD_CHUNK):
-        rows = slice(start, start + HEAD_CHUNK)
-        with torch.enable_grad():
-            stream = flat[rows].detach().requires_grad_()
-            hidden = sweep.finish(stream)
-        p = torch.softmax((hidden.detach() @ head.T).float(), dim=-1)
-        expected = p.to(head.dtype) @ head
-        labels = torch.multinomial(p, samples, replacement=True, generator=generator)  # [rows, K]
-        for k in range(samples):
-            (flat_gradients[k, rows],) = torch.autograd.grad(
-                hidden, stream, head[labels[:, k]] - expected, retain_graph=True
-            )
+    head, length = sweep.head, last.shape[1]
+    gradients = sweep.store.empty(*last.shape[:2], samples, last.shape[2], dtype=sweep.dtype)
+    step = max(1, head_rows(head) // length)
+    batches = (slice(start, start + step) for start in range(0, len(last), step))
+    for batch, (h,) in sweep.store.read(batches, last):
+        numbers = range(first_sequence + batch.start, first_sequence + batch.start + len(h))
+        draws = np.stack([np.random.Generator(np.random.Philox([seed, n])).random((length, samples)) for n in numbers])
+        draw = torch.from_numpy(draws).to(sweep.device, torch.float32).flatten(0, 1)
+        found = torch.empty(len(h) * length, samples, h.shape[2], dtype=sweep.dtype, device=sweep.device)
+        flat = h.flatten(0, 1)
+        for start in range(0, len(flat), head_rows(head)):
+            rows = slice(start, start + head_rows(head))
+            found[rows] = _label_gradients(sweep, head, flat[rows], draw[rows])
+        sweep.store.write(gradients, batch, found.view(len(h), length, samples, -1))
     return gradients
 
 
+def _label_gradients(sweep: Sweep, head: Tensor, stream: Tensor, draw: Tensor) -> Tensor:
+    """For tokens [T, D] and uniform draws [T, K]: gradients [T, K, D]."""
+    with torch.enable_grad():
+        stream = stream.detach().float().requires_grad_()
+        hidden = sweep.finish(stream)
+    p = torch.softmax((hidden.detach() @ head.T).float(), dim=-1)
+    expected = p.to(head.dtype) @ head
+    cumulative = p.cumsum(-1)
+    labels = torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp_max(len(head) - 1)
+    gradients = []
+    for k in range(draw.shape[1]):
+        (gradient,) = torch.autograd.grad(hidden, stream, head[labels[:, k]] - expected, retain_graph=True)
+        gradients.append(gradient)
+    return torch.stack(gradients, dim=1)
+
+
 class CandidateOutputs:
-    """Outputs of all candidates of one layer, sharing what they share: attention and FFN activations are computed once
-    per attention candidate."""
+    """What all candidates of one layer add to the stream, sharing what they share: attention and FFN activations are
+    computed once for each attention candidate, and tensors of one attention candidate at a time are on the device."""
 
     def __init__(self, library: LayerLibrary, specs: Sequence[LayerSpec]) -> None:
-        self.parent = library.parent
-        self.groups: list[tuple[Weights, Tensor | None, list[tuple[int, LayerSpec, dict[str, Tensor]]]]] = []
-        for attention in dict.fromkeys(spec.attention for spec in specs):
-            own = library.attention_weights(attention)
-            order = library.order(attention) if library.has_order(attention) else None
-            members = [(row, spec, library.own(spec)) for row, spec in enumerate(specs) if spec.attention == attention]
-            self.groups.append((own, order, members))
+        self.library, self.specs = library, specs
+
+    def groups(self) -> Iterator[CandidateGroup]:
+        for attention in dict.fromkeys(spec.attention for spec in self.specs):
+            yield CandidateGroup.of(self.library, attention, self.specs)
 
     def __call__(self, h: Tensor, math: LayerMath) -> Iterator[tuple[int, Tensor]]:
-        """(index in specs, output [B, S, D]) of every candidate for the layer input h [B, S, D]."""
-        for own, order, members in self.groups:
-            last = attention_input(own, h, math)
-            middle = add_subblock(own, h, last)
-            activation: Tensor | None = None
-            for row, spec, fitted in members:
-                if spec.ffn.kind == "width":
-                    if activation is None:
-                        activation = ffn_activation(self.parent, middle, math)
-                    kept = activation
-                    if spec.ffn.width < activation.shape[-1]:
-                        assert order is not None
-                        kept = activation[..., order[: spec.ffn.width]]
-                    yield row, add_subblock({**self.parent, **fitted}, middle, ("mlp.down_proj", kept))
-                elif spec.ffn.kind == "linear":
-                    w = {FFN_NORM: self.parent[FFN_NORM], **fitted}
-                    yield row, add_subblock(w, middle, ffn_input(w, middle, math))
-                else:  # no FFN: the attention's last matrix may be fitted for this pair
-                    yield row, add_subblock({**own, **fitted}, h, last)
+        """(index in specs, what is added to the stream [B, S, D]) of every candidate, for the layer input h [B, S, D]."""
+        for group in self.groups():
+            yield from group(h, math)
+
+
+@dataclass
+class CandidateGroup:
+    """The candidates of one layer that share an attention.
+
+    Attributes:
+        parent, own: tensors of the parent's layer and of this attention.
+        order: of the FFN channels behind it.
+        members: (index in specs, spec, tensors of its own).
+    """
+
+    parent: Weights
+    own: Weights
+    order: Tensor | None
+    members: list[tuple[int, LayerSpec, dict[str, Tensor]]]
+
+    @classmethod
+    def of(cls, library: LayerLibrary, attention: AttentionSpec, specs: Sequence[LayerSpec]) -> CandidateGroup:
+        order = library.order(attention) if library.has_order(attention) else None
+        members = [(row, spec, _own(library, spec)) for row, spec in enumerate(specs) if spec.attention == attention]
+        return cls(library.parent, library.attention_weights(attention), order, members)
+
+    def __call__(self, h: Tensor, math: LayerMath) -> Iterator[tuple[int, Tensor]]:
+        """(index in specs, what is added to the stream [B, S, D], fp32) of every member."""
+        h = h.float()
+        last = attention_input(self.own, h, math)
+        attended = h.new_zeros(()) if last is None else project(self.own, *last).float()
+        middle = h + attended
+        activation: Tensor | None = None
+        for row, spec, fitted in self.members:
+            if (
+                spec.ffn.kind == "skip"
+            ):  # its last matrix may be its own, and after local distillation all of its attention
+                whole = {**self.own, **fitted}
+                read = attention_input(whole, h, math) if "self_attn.q_proj.weight" in fitted else last
+                yield row, torch.zeros_like(h) if read is None else project(whole, *read).float()
+                continue
+            if spec.ffn.kind == "linear":
+                ffn = ffn_input({FFN_NORM: self.parent[FFN_NORM], **fitted}, middle, math)
+                assert ffn is not None
+                yield row, attended + project(fitted, *ffn)
+                continue
+            if "mlp.gate_proj.weight" in fitted:  # block-local distillation gave it channels of its own
+                kept = ffn_activation({**self.parent, **fitted}, middle, math)
+            else:
+                if activation is None:
+                    activation = ffn_activation(self.parent, middle, math)
+                kept = activation
+                if spec.ffn.width < activation.shape[-1]:
+                    assert self.order is not None
+                    kept = activation[..., self.order[: spec.ffn.width]]
+            yield row, attended + project({**self.parent, **fitted}, "mlp.down_proj", kept)
+
+
+def _own(library: LayerLibrary, spec: LayerSpec) -> dict[str, Tensor]:
+    """What a pair has of its own; with channels of its own its whole layer, because biases follow the channels."""
+    own = library.own(spec)
+    return library.layer_weights(spec) if "mlp.gate_proj.weight" in own else own
 
 
 def one_pass_scores(
-    sweep: Sweep, library: LayerLibrary, specs: Sequence[LayerSpec], stream: Tensor, gradients: Tensor
-) -> OnePassScores:
+    sweep: Sweep,
+    library: LayerLibrary,
+    specs: Sequence[LayerSpec],
+    stream: Tensor,
+    gradients: Tensor,
+    estimators: Sequence[str] = ("tok", "seq"),
+) -> dict[str, Tensor]:
     """Scores candidates of one layer and carries the gradients to its input.
 
     Args:
         library: the layer's candidates over the parent's tensors.
         specs: which of them to score; may be empty, then only the gradients move.
         stream: the parent's stream entering the layer [N, S, D].
-        gradients: at the layer's output [K, N, S, D]; overwritten with those at its input.
-    """
-    seq = torch.zeros(len(specs), len(stream), device=stream.device)
-    tok = torch.zeros_like(seq)
-    math = sweep.math(stream.shape[1])
-    outputs = CandidateOutputs(library, specs)
-    for batch in sweep.batches(stream):
-        with torch.enable_grad():
-            h = stream[batch].detach().requires_grad_()
-            output = layer_forward(library.parent, h, math)
-        g = gradients[:, batch].float()
-        with torch.no_grad():
-            for row, changed in outputs(h.detach(), math):
-                u = torch.einsum("knsd,nsd->kns", g, (changed - output).float())
-                seq[row, batch] = u.sum(2).pow(2).mean(0) / (2 * u.shape[2])
-                tok[row, batch] = u.pow(2).mean((0, 2)) / 2
-        for k in range(len(gradients)):
-            (gradients[k, batch],) = torch.autograd.grad(output, h, gradients[k, batch], retain_graph=True)
-    return OnePassScores(seq, tok)
-
-
-@torch.no_grad()
-def kl_to_parent(head: Tensor, parent: Tensor, children: Sequence[Tensor]) -> Tensor:
-    """KL(parent || child) of each child, mean over each sequence, nats per token: [children, N].
-
-    Args:
-        head: output matrix [V, D].
-        parent: final hidden states [N, S, D].
-        children: the same of each child. Vocabulary work is done `HEAD_CHUNK` tokens at a time.
-    """
-    rows, length = parent.shape[0] * parent.shape[1], parent.shape[1]
-    result = torch.empty(len(children), rows, device=parent.device)
-    flat_parent, flat_children = parent.flatten(0, 1), [child.flatten(0, 1) for child in children]
-    for start in range(0, rows, HEAD_CHUNK):
-        chunk = slice(start, start + HEAD_CHUNK)
-        log_p = torch.log_softmax((flat_parent[chunk] @ head.T).float(), dim=-1)
-        p = log_p.exp()
-        for row, child in enumerate(flat_children):
-            # The difference first: entropies and cross-entropies apart lose 2e-4 nats to fp32 over 49,152 tokens.
-            log_q = torch.log_softmax((child[chunk] @ head.T).float(), dim=-1)
-            result[row, chunk] = log_q.neg_().add_(log_p).mul_(p).sum(-1)
-    return result.unflatten(1, (-1, length)).mean(2)
-
-
-@torch.no_grad()
-def exact_scores(
-    sweep: Sweep,
-    candidates: Sequence[tuple[LayerLibrary, Sequence[LayerSpec]]],
-    layers: Sequence[int],
-    reference: Reference,
-) -> list[Tensor]:
-    """True replace-one-block KL of candidates of several layers, one suffix sweep for all of them.
-
-    Args:
-        candidates: for each of `layers`, its library and the specs to score.
-        layers: rising layer indices.
-        reference: the parent on the same text.
+        gradients: at the layer's output [N, S, K, D]; overwritten with those at its input.
+        estimators: which of them.
 
     Returns:
-        For each of those layers, KL in nats per token [specs, N].
+        For each estimator, nats per token of each candidate and sequence [specs, N].
     """
-    math = sweep.math(reference.hidden.shape[1])
-    alive: list[Tensor] = []
-    starting = dict(zip(layers, candidates, strict=True))
-    for index in range(layers[0], sweep.parent.shape.num_hidden_layers):
-        alive = [sweep.forward(sweep.layer(index), stream) for stream in alive]
-        if index in starting:
-            library, specs = starting[index]
-            stream = reference.streams[index]
-            changed = [torch.empty_like(stream) for _ in specs]
-            outputs = CandidateOutputs(library, specs)
-            for batch in sweep.batches(stream):
-                for row, output in outputs(stream[batch], math):
-                    changed[row][batch] = output
-            alive += changed
-    kl = kl_to_parent(sweep.head, reference.hidden, [sweep.finish(stream) for stream in alive])
-    return list(kl.split([len(specs) for _, specs in candidates]))
+    scores = {name: torch.zeros(len(specs), len(stream), device=sweep.device) for name in estimators}
+    math = sweep.math(stream.shape[1])
+    with torch.no_grad():
+        parent = _added(sweep, library.parent, stream) if specs else stream
+        for group in CandidateOutputs(library, specs).groups():
+            for batch, (h, added, g) in sweep.read(stream, parent, gradients):
+                for rows, changes in _changes(group, h, added, math, sweep.dtype):
+                    for name, values in _estimate(estimators, changes, g).items():
+                        scores[name][rows, batch] = values
+            del group  # before the tensors of the next one come to the device
+    for batch, (h, g) in sweep.read(stream, gradients):
+        with torch.enable_grad():
+            h = h.detach().float().requires_grad_()
+            output = layer_forward(library.parent, h, math)
+        moved = torch.empty_like(g)
+        for k in range(g.shape[2]):
+            (moved[:, :, k],) = torch.autograd.grad(output, h, g[:, :, k].to(output.dtype), retain_graph=True)
+        sweep.store.write(gradients, batch, moved)
+    return scores
+
+
+def _added(sweep: Sweep, weights: Weights, stream: Tensor) -> Tensor:
+    """What the parent's layer adds to the stream [N, S, D]; kept apart from it, whose own size would drown the changes."""
+    math, added = sweep.math(stream.shape[1]), sweep.empty_like(stream, sweep.dtype)
+    for batch, (h,) in sweep.read(stream):
+        h = h.float()
+        sweep.store.write(added, batch, layer_forward(weights, h, math) - h)
+    return added
+
+
+def _changes(
+    group: CandidateGroup, h: Tensor, added: Tensor, math: LayerMath, dtype: torch.dtype
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(indices in specs, their changes to the layer's output [B, S, C, D]), as many at a time as memory should hold."""
+    most = max(1, min(CHANGE_VALUES // h.numel(), len(group.members)))
+    changes = torch.empty(*h.shape[:2], most, h.shape[2], dtype=dtype, device=h.device)
+    rows: list[int] = []
+    for row, candidate in group(h, math):
+        torch.sub(candidate, added, out=changes[:, :, len(rows)])
+        rows.append(row)
+        if len(rows) == most:
+            yield rows, changes
+            rows = []
+    if rows:
+        yield rows, changes[:, :, : len(rows)]
+
+
+def _estimate(estimators: Sequence[str], changes: Tensor, gradients: Tensor) -> dict[str, Tensor]:
+    """Changes [B, S, C, D] and gradients [B, S, K, D] -> scores [C, B] by estimator."""
+    found: dict[str, Tensor] = {}
+    if "tok" in estimators or "seq" in estimators:
+        u = torch.matmul(changes, gradients.mT).float()  # [B, S, C, K]
+        found["tok"] = u.pow(2).mean((1, 3)).T / 2
+        found["seq"] = u.sum(1).pow(2).mean(2).T / (2 * u.shape[1])
+    if "fisher" in estimators:
+        energy = gradients.float().pow(2).mean(2, keepdim=True)
+        found["fisher"] = torch.matmul(changes.float().pow(2), energy.mT).mean((1, 3)).T / 2
+    return {name: found[name] for name in estimators}

@@ -19,14 +19,15 @@ from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, LayerSpec
-from nas.assemble import Assembler, Child, to_tokens
+from nas.assemble import Assembler, Child
 from nas.config import SearchConfig, to_dict
 from nas.costs import CostModel, Scenario
-from nas.data import load_pack
+from nas.data import load_pack, to_tokens
+from nas.engine import make_sweep
 from nas.measure import measure
 from nas.progress import Reporter
 from nas.run import Run, digest
-from nas.score import make_sweep
+from nas.score import build_again
 from nas.solve import Problem, Solution, solve_pool
 from nas.study import Ledger
 from nas.table import ScoreRow, load_table
@@ -148,6 +149,7 @@ def run_search(
     if (uniform := candidates.uniform()) is not None:
         proposals.append(("uniform", uniform))
 
+    build_again(run, parent, device, reporter, [architecture for _, architecture in proposals])
     sweep = make_sweep(parent, device)
     data = run.path("data")
     assembler = Assembler(

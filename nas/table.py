@@ -22,10 +22,13 @@ class ScoreRow:
     ffn: str
     score: float
     """What the search uses: the exact value where there is one, else the one-pass value mapped to nats."""
+    score_low: float | None
+    score_high: float | None
+    """95 % bootstrap interval of the score over sequences; none where fewer than four were scored."""
     source: str
     """"parent", "exact" or "one-pass"."""
     one_pass: float | None
-    """Per-token one-pass estimate, unmapped."""
+    """Per-token one-pass estimate (diagonal Fisher with `--estimator fisher`), unmapped."""
     one_pass_seq: float | None
     """Per-sequence one-pass estimate, unmapped: unbiased to second order, noisier."""
     exact: float | None

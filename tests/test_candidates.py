@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from blocks.candidates import FitConfig, LayerFit, fit_layer
+from blocks.candidates import FitConfig, _LayerBuilder, fit_layer
 from blocks.checkpoint import expected_tensors
 from blocks.errors import CheckpointError
 from blocks.layer import Weights, layer_forward
@@ -40,7 +40,7 @@ def all_specs(sweep: Sweep) -> list[LayerSpec]:
     return [LayerSpec.parse(text) for text in texts]
 
 
-def fit(sweep: Sweep, layer: int, stream: Tensor, method: str = "fitted", pseudo_tokens: float = 10.0) -> LayerFit:
+def fit(sweep: Sweep, layer: int, stream: Tensor, method: str = "fitted", pseudo_tokens: float = 10.0) -> LayerLibrary:
     return fit_layer(sweep, sweep.layer(layer), stream, all_specs(sweep), FitConfig(method, pseudo_tokens))
 
 
@@ -87,9 +87,9 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def assert_tensors_as_the_checkpoint_needs(sweep: Sweep, fitted: LayerFit) -> None:
+def assert_tensors_as_the_checkpoint_needs(sweep: Sweep, library: LayerLibrary) -> None:
     for spec in all_specs(sweep):
-        weights = fitted.library.layer_weights(spec)
+        weights = library.layer_weights(spec)
         assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == layer_tensors(sweep, spec), spec
         assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values()), spec
 
@@ -107,10 +107,18 @@ def test_every_candidate_of_a_qk_norm_parent_has_its_tensors(qwen3: Sweep) -> No
 def test_the_parents_own_spec_gives_the_parents_tensors(sweep: Sweep, method: str) -> None:
     stream = sweep.embed(tokens())
     fitted = fit(sweep, 0, stream, method)
-    weights, parent = fitted.library.layer_weights(sweep.parent.shape.parent_layer), sweep.layer(0)
+    weights, parent = fitted.layer_weights(sweep.parent.shape.parent_layer), sweep.layer(0)
     assert weights.keys() == parent.keys()
     assert all(weights[name] is parent[name] for name in parent)
-    torch.testing.assert_close(fitted.output, sweep.forward(parent, stream), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fitted", "cut"])
+def test_fits_aim_at_what_the_parent_adds_to_the_stream(sweep: Sweep, method: str) -> None:
+    stream, parent = sweep.embed(tokens()), sweep.layer(0)
+    builder = _LayerBuilder(sweep, parent, stream, all_specs(sweep), FitConfig(method))
+    only_attention = {name: tensor for name, tensor in parent.items() if not name.startswith(("mlp.", "post_"))}
+    torch.testing.assert_close(stream + builder.attended, sweep.forward(only_attention, stream), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stream + builder.added, sweep.forward(parent, stream), rtol=0, atol=1e-5)
 
 
 def assert_fitted_is_never_worse(sweep: Sweep, layer: int) -> None:
@@ -122,7 +130,7 @@ def assert_fitted_is_never_worse(sweep: Sweep, layer: int) -> None:
         return output_error(sweep.forward(library.layer_weights(spec), stream), parent)
 
     for spec in all_specs(sweep):
-        before, after = error(cut.library, spec), error(fitted.library, spec)
+        before, after = error(cut, spec), error(fitted, spec)
         assert after <= before * (1 + 1e-5) + 1e-9, f"{spec}: {after} fitted, {before} cut"
 
 
@@ -156,7 +164,7 @@ def test_the_last_matrix_is_at_the_minimum_of_the_output_error(
     """The gradient of the whole layer's error vanishes there (with next to no ridge), and does not nearby."""
     sweep = tiny_sweep(**PARENTS["biases"])
     stream = sweep.embed(tokens())
-    library = fit(sweep, 0, stream, pseudo_tokens=1e-4).library
+    library = fit(sweep, 0, stream, pseudo_tokens=1e-4)
     parent = sweep.forward(sweep.layer(0), stream)
     weights = library.layer_weights(LayerSpec.parse(spec))
 
@@ -179,7 +187,7 @@ def test_compensated_skips_beat_plain_skips_on_other_text(tiny_sweep: Callable[.
         train, test = (stream_into(sweep, layer, tokens(seed, 64)) for seed in (1, 2))
         parent = sweep.forward(sweep.layer(layer), test)
         for method in errors:
-            weights = fit(sweep, layer, train, method, 100.0).library.layer_weights(LayerSpec.parse(spec))
+            weights = fit(sweep, layer, train, method, 100.0).layer_weights(LayerSpec.parse(spec))
             errors[method] += output_error(sweep.forward(weights, test), parent) / 4
     assert errors["fitted"] < 0.95 * errors["cut"]
 
@@ -187,7 +195,7 @@ def test_compensated_skips_beat_plain_skips_on_other_text(tiny_sweep: Callable[.
 def test_plain_cuts_copy_the_parent(tiny_sweep: Callable[..., Sweep]) -> None:
     """The published initialisation: channels are the parent's, up to the library's bf16; skips have nothing else."""
     sweep = tiny_sweep(mlp_bias=True)
-    library, parent = fit(sweep, 0, sweep.embed(tokens()), "cut").library, sweep.layer(0)
+    library, parent = fit(sweep, 0, sweep.embed(tokens()), "cut"), sweep.layer(0)
     spec = LayerSpec.parse("attention:skip+ffn:256")
     weights, channels = library.layer_weights(spec), library.order(spec.attention)[:256]
     assert len(set(channels.tolist())) == 256
@@ -204,7 +212,7 @@ def test_the_order_of_the_specs_does_not_matter(tiny_sweep: Callable[..., Sweep]
     sweep = tiny_sweep()
     stream, specs = sweep.embed(tokens()), all_specs(sweep)
     forwards, backwards = (
-        fit_layer(sweep, sweep.layer(0), stream, order, FitConfig()).library.entries for order in (specs, specs[::-1])
+        fit_layer(sweep, sweep.layer(0), stream, order, FitConfig()).entries for order in (specs, specs[::-1])
     )
     assert forwards.keys() == backwards.keys()
     assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
@@ -221,12 +229,12 @@ def assert_same_layers(one: LayerLibrary, other: LayerLibrary, specs: list[Layer
 def test_library_survives_the_disk(tmp_path: Path, sweep: Sweep) -> None:
     library, fitted = BlockLibrary(tmp_path / "library"), fit(sweep, 0, sweep.embed(tokens()))
     assert not library.has(3)
-    library.save(3, fitted.library)
+    library.save(3, fitted)
     assert library.has(3)
     assert library.path(3).name == "layer_003.safetensors"
     opened = library.open(3, sweep.layer(0))
-    assert opened.entries.keys() == fitted.library.entries.keys()
-    assert_same_layers(opened, fitted.library, all_specs(sweep))
+    assert opened.entries.keys() == fitted.entries.keys()
+    assert_same_layers(opened, fitted, all_specs(sweep))
 
 
 def test_what_put_returns_is_what_is_read_back(tiny_sweep: Callable[..., Sweep]) -> None:
@@ -242,7 +250,7 @@ def test_what_put_returns_is_what_is_read_back(tiny_sweep: Callable[..., Sweep])
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing"])
 def test_a_damaged_library_file_says_what_to_do(tmp_path: Path, tiny_sweep: Callable[..., Sweep], damage: str) -> None:
     sweep, library = tiny_sweep(), BlockLibrary(tmp_path)
-    library.save(0, fit(sweep, 0, sweep.embed(tokens())).library)
+    library.save(0, fit(sweep, 0, sweep.embed(tokens())))
     content = library.path(0).read_bytes()
     if damage == "missing":
         library.path(0).unlink()

@@ -134,7 +134,10 @@ def test_dry_runs_write_nothing_and_say_how_much(world: World, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
     assert (plan["candidates"], plan["fit_tokens"], plan["calibration_tokens"]) == (40, 1024, 512)
     assert 0 < plan["scored_exactly"] <= 40 and plan["memory_gb"] > 0
-    assert "candidates: 40" in succeed(*world.score_words(tmp_path / "run"), "--dry-run").out
+    said = succeed(*world.score_words(tmp_path / "run"), "--dry-run").out
+    assert not (tmp_path / "run").exists()
+    assert f"Plan: 40 candidates in 4 layers, {plan['scored_exactly']} of them scored exactly too" in said
+    assert "1,024 tokens to fit, 512 to score, 256 for exact scores" in said and "time    about" in said
     run = world.copy("searched", tmp_path / "run")
     before = stamps(tmp_path)
     plan = succeed("search", "--run", run, *BUDGET, "--dry-run", "--json").json
@@ -229,7 +232,7 @@ def test_wrong_flags_are_one_line_and_exit_2(words: list[str], said: str, monkey
     [
         ("scor: {}", r"r\.yaml: the recipe: unknown key 'scor' \(did you mean 'score'\?\); known: run, data, score"),
         ("score: {label_sampels: 2}", r"score: unknown key 'label_sampels' \(did you mean 'label_samples'\?\)"),
-        ("score: 3", r"score must be a mapping with keys method, fit"),
+        ("score: 3", r"score must be a mapping with keys method, estimator, .*fit, pseudo_tokens"),
         ("score: [unclosed", r"r\.yaml is not YAML: "),
         ("distill: {learning_rate: 6e-4}", r"distill\.learning_rate is '6e-4'; .*a number \(with a dot: 6\.0e-4\)"),
         ("scenario: {batch: 1.5}", r"scenario\.batch is 1\.5; it must be a whole number"),
@@ -414,7 +417,7 @@ def test_a_child_of_another_search_is_not_healed(world: World, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("most_bytes", "file"),
-    [(300, "env.json"), (20_000, "data/train.npy"), (100_000, "library/layer_000.safetensors")],
+    [(300, "env.json"), (20_000, "data/train.npy"), (100_000, "library/layer_003.safetensors")],
 )
 def test_a_disk_full_while_scoring(world: World, tmp_path: Path, most_bytes: int, file: str) -> None:
     run = tmp_path / "run"

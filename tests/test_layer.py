@@ -78,8 +78,8 @@ def test_batch_size_and_residency_change_nothing(tmp_path: Path) -> None:
     sweep, _ = sweep_and_model(tmp_path, CONFIGS["qwen2"])
     streamed = Sweep(sweep.parent, sweep.device, tokens_per_batch=1, resident=False)
     torch.testing.assert_close(streamed.run(tokens()), sweep.run(tokens()), rtol=0, atol=1e-5)
-    assert not streamed._layers
-    assert len(sweep._layers) == 4
+    assert streamed._kept.keys() == {"model.norm.weight"}
+    assert len(sweep._kept) == 4 + 2  # the layers, the embedding and the final norm
 
 
 def test_an_absent_subblock_is_skipped(tmp_path: Path) -> None:

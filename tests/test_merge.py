@@ -186,7 +186,7 @@ def refitted_error(w: Weights, changed: Weights, math: LayerMath, h: Tensor) -> 
     target = attention_output(w, h, math) - bias
     statistics = Statistics(context.shape[-1], HIDDEN, "cpu")
     statistics.add(context, target)
-    fitted = statistics.solve(changed[O_PROJ].T, 10.0)
+    fitted = statistics.reduce().solve(changed[O_PROJ].T, 10.0)
     return float((context @ fitted - target).norm() / target.norm())
 
 

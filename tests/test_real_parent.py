@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from blocks.candidates import FitConfig, fit_layer
-from blocks.library import BlockLibrary
+from blocks.library import BlockLibrary, LayerLibrary
 from blocks.parent import Parent, open_parent
 from blocks.spec import Architecture, LayerSpec
-from blocks.sweep import Sweep
+from blocks.sweep import StreamCheckpoints, Sweep
 from nas.assemble import Assembler
 from nas.costs import CostModel, Scenario
 from nas.documents import load_documents
+from nas.exact import exact_scores, run_reference
 from nas.guard import rank_correlation
 from nas.measure import load_parent_model
 from nas.progress import Reporter
-from nas.scoring import exact_scores, one_pass_scores, output_gradients, run_reference
+from nas.scoring import one_pass_scores, output_gradients
 from search_spaces import load_space
 
 pytestmark = [
@@ -63,10 +64,10 @@ def texts(parent: Parent) -> tuple[Tensor, Tensor]:
 def library(sweep: Sweep, texts: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> BlockLibrary:
     """Fitted candidates of the two layers."""
     built = BlockLibrary(tmp_path_factory.mktemp("library"))
-    reference = run_reference(sweep, texts[0])
-    for index in LAYERS:
-        fit = fit_layer(sweep, sweep.layer(index), reference.streams[index], specs_of(sweep, index), FitConfig())
-        built.save(index, fit.library)
+    streams = StreamCheckpoints(sweep, texts[0], every=5, upto=max(LAYERS))
+    for index in reversed(LAYERS):
+        specs = specs_of(sweep, index)
+        built.save(index, fit_layer(sweep, sweep.layer(index), streams.take(index), specs, FitConfig()))
     return built
 
 
@@ -98,13 +99,14 @@ def test_scores_are_sane_and_one_pass_ranks_as_exact(
     candidates = [(opened[index], specs[index]) for index in LAYERS]
     exact = dict(zip(LAYERS, exact_scores(sweep, candidates, LAYERS, reference), strict=True))
 
-    gradients = output_gradients(sweep, reference, samples=2, seed=0)
+    layers = sweep.parent.shape.num_hidden_layers
+    gradients = output_gradients(sweep, reference.streams[layers], samples=2, seed=0)
     one_pass = {}
-    for index in reversed(range(LAYERS[0], sweep.parent.shape.num_hidden_layers)):
-        layer = opened.get(index) or library_of_parent(sweep, index)
+    for index in reversed(range(LAYERS[0], layers)):
+        layer = opened.get(index) or LayerLibrary(sweep.layer(index))
         scores = one_pass_scores(sweep, layer, specs.get(index, []), reference.streams[index], gradients)
         if index in LAYERS:
-            one_pass[index] = scores.tok.mean(1)
+            one_pass[index] = scores["tok"].mean(1)
 
     pairs = []
     for index in LAYERS:
@@ -116,12 +118,6 @@ def test_scores_are_sane_and_one_pass_ranks_as_exact(
             assert wide < narrow < none
         pairs += list(zip(specs[index], one_pass[index].tolist(), kl.tolist(), strict=True))
     assert len(pairs) == 14 and rank_correlation(pairs)["spearman"] > 0.85
-
-
-def library_of_parent(sweep: Sweep, index: int) -> Any:
-    from blocks.library import LayerLibrary
-
-    return LayerLibrary(sweep.layer(index))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from blocks.layer import Weights
 from blocks.refit import refit_sweep
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
-from nas.scoring import kl_to_parent
+from nas.exact import kl_to_parent
 
 HARD = Architecture.from_list(
     ["attention:kv2+ffn:512", "attention:skip+ffn:256", "attention:kv1+ffn:skip", "attention:kv1+ffn:256"]
@@ -32,9 +32,9 @@ def assemble(sweep: Sweep, architecture: Architecture, text: Tensor) -> list[Wei
     """The child of the library fitted on `text`; layers equal to the parent's are the parent's tensors."""
     layers, stream = [], sweep.embed(text)
     for index, spec in enumerate(architecture):
-        fitted = fit_layer(sweep, sweep.layer(index), stream, [spec], FitConfig())
-        layers.append(fitted.library.layer_weights(spec))
-        stream = fitted.output
+        library = fit_layer(sweep, sweep.layer(index), stream, [spec], FitConfig())
+        layers.append(library.layer_weights(spec))
+        stream = sweep.forward(sweep.layer(index), stream)
     return layers
 
 
@@ -46,8 +46,8 @@ def refit(sweep: Sweep, child: list[Weights], architecture: Architecture, text: 
 
 def distances(sweep: Sweep, child: list[Weights] | list[dict[str, Tensor]], text: Tensor) -> tuple[float, float]:
     """Mean squared error of the final hidden states, and KL(parent || child) in nats per token."""
-    parent, hidden = sweep.run(text), sweep.run(text, lambda index: child[index])
-    return float((hidden - parent).pow(2).mean()), float(kl_to_parent(sweep.head, parent, [hidden]).mean())
+    parent, hidden = sweep.run(text), sweep.run(text, child)
+    return float((hidden - parent).pow(2).mean()), float(kl_to_parent(sweep, parent, [hidden]).mean())
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -34,7 +34,7 @@ SCORE_TOLERANCE = 1e-6  # HiGHS's
 
 
 def row(layer: int, spec: LayerSpec, score: float) -> ScoreRow:
-    return ScoreRow(layer, str(spec.attention), str(spec.ffn), score, "exact", None, None, score, 0, 0, 0)
+    return ScoreRow(layer, str(spec.attention), str(spec.ffn), score, None, None, "exact", None, None, score, 0, 0, 0)
 
 
 def candidates(seed: int, scenario: Scenario, layers: int = 3, most: int = 12) -> Candidates:

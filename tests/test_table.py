@@ -13,7 +13,7 @@ from blocks.errors import CheckpointError
 from blocks.spec import LayerSpec
 from nas.table import COLUMNS, ScoreRow, load_table, save_table
 
-ROW = ScoreRow(0, "attention:kv2", "ffn:768", 0.125, "exact", 0.25, 0.5, 0.125, 1000, 2000, 128)
+ROW = ScoreRow(0, "attention:kv2", "ffn:768", 0.125, 0.0625, 0.1875, "exact", 0.25, 0.5, 0.125, 1000, 2000, 128)
 DIGITS = 1e-5  # six of them are kept
 
 
@@ -21,8 +21,9 @@ def rows() -> list[ScoreRow]:
     """Two layers with three candidates each, the first the parent's own, the last never scored exactly."""
     every = []
     for layer in (0, 1):
+        own = replace(ROW, layer=layer, score=0.0, score_low=None, score_high=None, source="parent")
         every += [
-            replace(ROW, layer=layer, score=0.0, source="parent", one_pass=None, one_pass_seq=None, exact=None),
+            replace(own, one_pass=None, one_pass_seq=None, exact=None),
             replace(ROW, layer=layer, ffn="ffn:skip"),
             replace(ROW, layer=layer, attention="attention:skip", source="one-pass", exact=None, kv_bytes_per_token=0),
         ]
