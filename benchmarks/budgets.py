@@ -22,14 +22,15 @@ import torch
 
 from blocks.library import BlockLibrary
 from blocks.parent import Parent, open_parent
-from nas.assemble import Assembler, Child, to_tokens
+from nas.assemble import Assembler, Child
 from nas.config import DataConfig, RunConfig, ScoreConfig, SearchConfig
 from nas.costs import Scenario
-from nas.data import load_pack
+from nas.data import load_pack, to_tokens
+from nas.engine import make_sweep
+from nas.exact import kl_to_parent
 from nas.progress import Reporter
 from nas.run import Run, create_run
-from nas.score import make_sweep, run_score
-from nas.scoring import kl_to_parent
+from nas.score import run_score
 from nas.search import load_candidates
 
 BUDGETS = (0.9, 0.7, 0.5)
@@ -84,7 +85,7 @@ def measure(run: Run, parent: Parent, device: torch.device, split: str, fit: str
     )
 
     def true_kl(child: Child) -> float:
-        return float(kl_to_parent(sweep.head, hidden, [sweep.run(heldout, lambda i: child.layers[i])]).mean())
+        return float(kl_to_parent(sweep, hidden, [sweep.run(heldout, child.layers)]).mean())
 
     rows = []
     for budget in BUDGETS:

@@ -20,11 +20,10 @@ from blocks.parent import open_parent
 from blocks.refit import refit_sweep
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
-from nas.assemble import to_tokens
-from nas.data import load_pack
+from nas.data import load_pack, to_tokens
+from nas.engine import make_sweep
+from nas.exact import kl_to_parent
 from nas.run import open_run
-from nas.score import make_sweep
-from nas.scoring import kl_to_parent
 
 FITS = (100.0, 1000.0, 10_000.0)
 REFITS = (1000.0, 10_000.0, 30_000.0)
@@ -44,7 +43,7 @@ def main() -> None:
     hidden = sweep.run(heldout)
 
     def true_kl(layers: list[Weights]) -> float:
-        return float(kl_to_parent(sweep.head, hidden, [sweep.run(heldout, lambda i: layers[i])]).mean())
+        return float(kl_to_parent(sweep, hidden, [sweep.run(heldout, layers)]).mean())
 
     changed = [i for i, spec in enumerate(architecture) if spec != parent.shape.parent_layer]
     print(f"{text.numel():,} tokens for fitting, {heldout.numel():,} held out; KL in nats per token", flush=True)
@@ -66,11 +65,10 @@ def build(sweep: Sweep, architecture: Architecture, tokens: Tensor, pseudo_token
         weights = sweep.layer(index)
         if spec == sweep.parent.shape.parent_layer:
             layers.append(weights)
-            stream = sweep.forward(weights, stream)
         else:
-            fit = fit_layer(sweep, weights, stream, [spec], FitConfig(pseudo_tokens=pseudo_tokens))
-            layers.append(fit.library.layer_weights(spec))
-            stream = fit.output
+            library = fit_layer(sweep, weights, stream, [spec], FitConfig(pseudo_tokens=pseudo_tokens))
+            layers.append(library.layer_weights(spec))
+        stream = sweep.forward(weights, stream)
     return layers
 
 
