@@ -38,10 +38,10 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
 
 
 def scores_summary(run: Run) -> RenderableType:
-    """Candidates with their median and largest score over the layers."""
+    """Candidates with their median score over the layers, how sure it is, and the largest one."""
     made = run.read("score.json", "score")
     table = Table(title="Scores: KL to the parent with one layer replaced, nats per token", title_justify="left")
-    for name in ("candidate", "layers", "median", "largest", "at layer", "exact"):
+    for name in ("candidate", "layers", "median", "+-", "largest", "at layer", "exact"):
         table.add_column(name, justify="left" if name == "candidate" else "right")
     by_spec: dict[str, list[Any]] = {}
     for rows in load_table(run.path("scores.csv")):
@@ -52,8 +52,14 @@ def scores_summary(run: Run) -> RenderableType:
         worst = max(rows, key=lambda row: row.score)
         middle = statistics.median(row.score for row in rows)
         exact = sum(row.source == "exact" for row in rows)
-        table.add_row(spec, str(len(rows)), f"{middle:.4f}", f"{worst.score:.4f}", str(worst.layer), str(exact))
-    return Group(table, Text(correlation_line(made)))
+        widths = [(high - low) / 2 for row in rows if (low := row.score_low) is not None and (high := row.score_high)]
+        unsure = f"{statistics.median(widths):.4f}" if widths else "-"
+        label = spec.removeprefix("attention:").replace("ffn:", "")
+        table.add_row(
+            label, str(len(rows)), f"{middle:.4f}", unsure, f"{worst.score:.4f}", str(worst.layer), str(exact)
+        )
+    about = "+-: median half-width of the 95 % intervals over sequences (-: fewer than four were scored)"
+    return Group(table, Text(f"{about}\n{correlation_line(made)}"))
 
 
 def correlation_line(made: dict[str, Any]) -> str:

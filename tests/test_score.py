@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from app import World, contents, stamps, succeed
+from app import BUDGET, World, contents, nas, stamps, succeed
 
 from nas.score_files import ScoreFiles
 from nas.table import ScoreRow, load_table
@@ -151,3 +151,50 @@ def test_rounds_go_on_where_they_stopped(
         (run / name).unlink()
     assert score_in_rounds(world, run, monkeypatch) == judged
     assert made(run) == made(done)
+
+
+def test_candidates_that_were_not_kept_are_built_again_for_the_child(world: World, tmp_path: Path) -> None:
+    """The same scores without a library, the same child, and on disk only what it needs."""
+    run = tmp_path / "run"
+    succeed(*world.score_words(run), "--library", "rebuild")
+    assert rows(run) == rows(world.runs / "scored")
+    assert not (run / "library").exists() or not list((run / "library").iterdir())
+    succeed("search", "--run", run, *BUDGET)
+    for child in ("child", "uniform"):
+        assert contents(run / child) == contents(world.runs / "searched" / child)
+    built = sorted(path.name for path in (run / "library").iterdir())
+    assert built and all(".attention-" in name for name in built)
+    before = stamps(run)
+    succeed(*world.score_words(run), "--library", "rebuild")
+    succeed("search", "--run", run, *BUDGET)
+    assert stamps(run) == before
+
+
+def test_scores_without_a_library_go_on_where_they_stopped(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed(*world.score_words(run), "--library", "rebuild")
+    expected = contents(run)
+    for name in ("scores.csv", "score.json", "scores/one_pass_001.json", "scores/exact_003.json"):
+        (run / name).unlink()
+    succeed(*world.score_words(run), "--library", "rebuild")
+    found = contents(run)
+    assert all(found[name] == expected[name] for name in expected if name != "score.json")
+
+
+def test_rounds_need_the_library(world: World, tmp_path: Path) -> None:
+    result = nas(*world.score_words(tmp_path / "run"), "--library", "rebuild", "--auto-tokens")
+    assert result.code == 2 and "add --library keep" in result.err.splitlines()[-1]
+
+
+def test_block_local_distillation_changes_the_library_and_goes_on(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (*world.score_words(run), "--bld-tokens", 8192)
+    summary = succeed(*words, "--json").json
+    assert summary["plan"]["local_tokens"] == 8192 and summary["plan"]["flops"]["local"] > 0
+    assert contents(run / "library") != contents(world.runs / "scored" / "library")
+    expected = contents(run)
+    for name in ("scores.csv", "library/layer_001.safetensors", "scores/one_pass_001.json"):
+        (run / name).unlink()
+    succeed(*words)
+    assert all(contents(run)[name] == expected[name] for name in expected if not name.endswith("score.json"))
+    succeed("search", "--run", run, *BUDGET)
