@@ -43,14 +43,19 @@ class Probe:
         streamed = not self.sweep.resident
         wide = replace(self.sweep.at(torch.float32), activations=Activations(self.sweep.device))  # as in `ExactScores`
         read = self._time(lambda: list(self.sweep.layers([self.layer]))) if streamed else 0.0
-        head = self._time(lambda: self.sweep.head) if streamed else 0.0
         forward = self._scaled(self._forward, fit + calibration)
         suffix = max(self._scaled(lambda n: self._forward(n, wide), exact * EXACT_STREAMS), read) / EXACT_STREAMS
-        kl = max(self._scaled(lambda n: self._kl(n, wide), exact) - head, 0.0) + head / EXACT_STREAMS
+        one = self._scaled(lambda n: self._kl(n, wide, 1), exact)
+        three = self._scaled(lambda n: self._kl(n, wide, 3), exact)
+        kl = (
+            max(three - one, 0.0) / 2
+        )  # of a child; the parent's side, and reading the head, are once for all that wait
         found = {
             "parent": layers * (max(forward, 2 * read) + suffix + read),
             "fit": layers * max(self._scaled(self._fit, fit), read) + layers * (passes - 1) * forward,
-            "exact": (counts.suffix_layers + counts.scored_exactly) * suffix + counts.scored_exactly * kl,
+            "exact": (counts.suffix_layers + counts.scored_exactly) * suffix
+            + counts.scored_exactly * kl
+            + counts.suffix_sweeps * max(one - kl, 0.0),
         }
         if counts.local_tokens:
             found["fit"] += layers * self._local(fit)
@@ -129,6 +134,6 @@ class Probe:
     def _gradients(self, tokens: int) -> None:
         output_gradients(self.sweep, self._stream(tokens), self.config.score.label_samples, 0)
 
-    def _kl(self, tokens: int, sweep: Any) -> None:
+    def _kl(self, tokens: int, sweep: Any, children: int) -> None:
         hidden = sweep.hidden(self._stream(tokens, sweep))
-        kl_to_parent(sweep, hidden, [hidden])
+        kl_to_parent(sweep, hidden, [hidden] * children)
