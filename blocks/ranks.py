@@ -63,6 +63,11 @@ class Ranks:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def leave(self) -> None:
+        """Ends the process group; nothing is shared afterwards."""
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
 
 ALONE = Ranks()
 

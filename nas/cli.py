@@ -183,6 +183,7 @@ def score(
     opened_run = create_run(run, config, opened.fingerprint) if ranks.main else None
     opened_run = ranks.agree(opened_run)
     summary = run_score(opened_run, opened, place, reporter(as_json or not ranks.main), engine, ranks)
+    ranks.leave()
     if not ranks.main:
         return
     if as_json:
