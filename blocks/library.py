@@ -131,7 +131,12 @@ class BlockLibrary:
 
     def has(self, layer: int, spec: LayerSpec | None = None) -> bool:
         """Whether all candidates of a layer are there, or the one asked for."""
-        return self.path(layer).is_file() or (spec is not None and self.path(layer, spec).is_file())
+        return self._found(layer, spec).is_file()
+
+    def _found(self, layer: int, spec: LayerSpec | None) -> Path:
+        """The file of the whole layer if there is one, else that of the candidate asked for."""
+        whole = self.path(layer)
+        return whole if spec is None or whole.is_file() else self.path(layer, spec)
 
     def save(self, layer: int, library: LayerLibrary, spec: LayerSpec | None = None) -> None:
         entries = library.entries if spec is None else library.only([spec]).entries
@@ -143,9 +148,7 @@ class BlockLibrary:
         Raises CheckpointError if the file is damaged or missing.
         """
         device = next(iter(parent.values())).device
-        path = self.path(layer)
-        if not path.is_file() and spec is not None:
-            path = self.path(layer, spec)
+        path = self._found(layer, spec)
         try:
             return LayerLibrary(parent, load_file(path, device=str(device)))
         except (OSError, SafetensorError) as error:

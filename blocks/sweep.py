@@ -236,7 +236,6 @@ class StreamCheckpoints:
             self._streams[index + 1] = sweep.forward(weights, self._streams[index])
             if index % every:
                 del self._streams[index]
-            self.last = index + 1
             if on_layer is not None:
                 on_layer(index)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from blocks.activations import Activations
+from blocks.activations import PLACES, Activations
 from blocks.errors import ConfigError
 from blocks.parent import Parent
 from blocks.ranks import ALONE, Ranks
@@ -137,20 +137,19 @@ def choose(
     options = [
         Arrangement(weights, activations, every, batch)
         for weights in ("resident", "streamed")
-        for activations in ("device", "host", "disk")
+        for activations in PLACES
         for every in (1, root)
         if config.weights in ("auto", weights) and config.activations in ("auto", activations)
     ]
-    if device.type == "cpu":  # host memory is the device's
+    on_cpu = device.type == "cpu"
+    if on_cpu:  # host memory is the device's
         options = [option for option in options if option.activations != "host" or config.activations == "host"]
     room = free_memory(device)
+    place = {"device": math.inf, "host": SPARE * free_memory(torch.device("cpu")), "disk": free_disk(directory)}
     for option in options:
-        need = memory(shape, stored_bytes, work, option, device.type == "cpu")
-        place = {"device": math.inf, "host": SPARE * free_memory(torch.device("cpu")), "disk": free_disk(directory)}
+        need = memory(shape, stored_bytes, work, option, on_cpu)
         if need.device <= SPARE * room and need.elsewhere <= place[option.activations]:
             return option, need
-    option = options[-1]
-    need = memory(shape, stored_bytes, work, option, device.type == "cpu")
     raise ConfigError(
         f"scoring this parent needs {need.device / GB:.1f} GB on {device} (weights {need.weights / GB:.1f}, working "
         f"{need.working / GB:.1f}) and {need.elsewhere / GB:.1f} GB of activations on {option.activations}, but "

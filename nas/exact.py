@@ -124,22 +124,3 @@ def _replace_layer(
                 for row, added in group(h, math):
                     outputs[row, batch] = h + added
             del group  # before the tensors of the next one come to the device
-
-
-def exact_scores(
-    sweep: Sweep,
-    candidates: Sequence[tuple[LayerLibrary, Sequence[LayerSpec]]],
-    layers: Sequence[int],
-    reference: Reference,
-    most: int = 16,
-) -> list[Tensor]:
-    """True replace-one-block KL in nats per token [specs, N], for each of `layers` (rising) with its library and specs."""
-    found: dict[tuple[int, LayerSpec], Tensor] = {}
-    queue = ExactScores(sweep, reference, most, lambda layer, spec, kl: found.update({(layer, spec): kl}))
-    for layer, (library, specs) in reversed(list(zip(layers, candidates, strict=True))):
-        queue.add(layer, library, specs)
-    queue.flush()
-    return [
-        torch.stack([found[layer, spec] for spec in specs])
-        for layer, (_, specs) in zip(layers, candidates, strict=True)
-    ]

@@ -108,7 +108,6 @@ class Scoring:
         else:
             self.guarded = self.changed
         self.table = Tabulator(self.run, self.parent.shape, self.candidates, self.files)
-
         self.spent: dict[str, float] = {}
 
     @contextmanager
@@ -148,20 +147,21 @@ class Scoring:
             length,
             self.run.directory,
         )
-        self.arrange(self.ranks.agree(plan.arrangement), plan.keeps_library)
+        self.arrange(plan.arrangement, plan.keeps_library)
         return plan
 
     def arrange(self, how: Arrangement, keeps_library: bool) -> None:
-        self.how, self.keeps_library = how, self.ranks.agree(keeps_library)
+        """Sets up the engine as rank 0 would have it."""
+        self.how, self.keeps_library = self.ranks.agree((how, keeps_library))
         dtype = getattr(torch, self.config.compute_dtype)
-        self.sweep = make_sweep(self.parent, self.device, dtype, how, self.ranks, self.run.directory)
+        self.sweep = make_sweep(self.parent, self.device, dtype, self.how, self.ranks, self.run.directory)
 
     def pack(self, part: str) -> np.ndarray:
         return load_pack(self.run.path("data") / f"{part}.npy")
 
     def tokens(self, part: str, most: int | None = None, rows: slice = slice(None)) -> Tensor:
         """This rank's share of a part's first `most` tokens, or of some of its sequences [N, S]."""
-        everything = to_tokens(self.pack(part), most, torch.device("cpu"))[rows]
+        everything = to_tokens(self.pack(part)[rows], most, torch.device("cpu"))
         return everything[self.ranks.share(len(everything))].to(self.device)
 
     # ---- the sweep

@@ -138,9 +138,8 @@ class CandidateGroup:
         middle = h + attended
         activation: Tensor | None = None
         for row, spec, fitted in self.members:
-            if (
-                spec.ffn.kind == "skip"
-            ):  # its last matrix may be its own, and after local distillation all of its attention
+            if spec.ffn.kind == "skip":
+                # Its last matrix may be its own, and after block-local distillation all of its attention.
                 whole = {**self.own, **fitted}
                 read = attention_input(whole, h, math) if "self_attn.q_proj.weight" in fitted else last
                 yield row, torch.zeros_like(h) if read is None else project(whole, *read).float()

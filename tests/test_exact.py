@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds import ALL, fitted_library, random_text
+from kinds import ALL, exact_scores, fitted_library, random_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +15,7 @@ from blocks.checkpoint import load_child, write_child
 from blocks.library import LayerLibrary
 from blocks.spec import Architecture, LayerSpec
 from blocks.sweep import Sweep
-from nas.exact import ExactScores, Reference, exact_scores, kl_to_parent, run_reference
+from nas.exact import ExactScores, Reference, kl_to_parent, run_reference
 
 SOME = [ALL[index] for index in (1, 5, 10, 12, 16, 17, 19)]
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import exact_scores
 from torch import Tensor
 
 from blocks.candidates import FitConfig, fit_layer
@@ -18,7 +19,7 @@ from blocks.sweep import StreamCheckpoints, Sweep
 from nas.assemble import Assembler
 from nas.costs import CostModel, Scenario
 from nas.documents import load_documents
-from nas.exact import exact_scores, run_reference
+from nas.exact import run_reference
 from nas.guard import rank_correlation
 from nas.measure import load_parent_model
 from nas.progress import Reporter

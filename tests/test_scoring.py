@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kinds import ALL, LENGTH, fitted_library, random_text
+from kinds import ALL, LENGTH, exact_scores, fitted_library, random_text
 from torch import Tensor
 
 from blocks.candidates import FitConfig, fit_layer
@@ -16,7 +16,7 @@ from blocks.library import LayerLibrary
 from blocks.spec import LayerSpec
 from blocks.sweep import StreamCheckpoints, Sweep
 from nas.config import ESTIMATORS
-from nas.exact import exact_scores, run_reference
+from nas.exact import run_reference
 from nas.scoring import CandidateOutputs, one_pass_scores, output_gradients
 
 VOCABULARY, POSITIONS, LAYERS = 5, 3, 2

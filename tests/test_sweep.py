@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds import ALL, random_text
+from kinds import ALL, exact_scores, random_text
 from torch import Tensor
 
 from blocks.activations import Activations
@@ -16,7 +16,7 @@ from blocks.candidates import FitConfig, fit_layer
 from blocks.library import LayerLibrary
 from blocks.sweep import StreamCheckpoints, Sweep
 from nas.config import ESTIMATORS
-from nas.exact import exact_scores, run_reference
+from nas.exact import run_reference
 from nas.scoring import one_pass_scores, output_gradients
 
 CPU = torch.device("cpu")
