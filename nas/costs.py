@@ -26,20 +26,30 @@ class Scenario:
     Attributes:
         batch: sequences at a time.
         context: tokens each of them holds in the KV cache.
+        prompt, output: tokens of a request that are read and that are generated, for latency and throughput; half of
+            `context` each if None.
+        tp: GPUs that share each layer (tensor parallelism). KV heads are replicated where there are fewer of them.
         weight_dtype, kv_dtype: "bfloat16", "float16" or "float32".
         reserve_gb: GB kept free for activations, CUDA context and the like.
     """
 
     batch: int = 4
     context: int = 2048
+    prompt: int | None = None
+    output: int | None = None
+    tp: int = 1
     weight_dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     reserve_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("batch", "context", "prompt", "output", "tp"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {value}")
+        if self.prompt_tokens + self.output_tokens > max(self.context, 2):
+            raise ConfigError(
+                f"--prompt {self.prompt_tokens} and --output {self.output_tokens} exceed --context {self.context}"
+            )
         for name in ("weight_dtype", "kv_dtype"):
             if getattr(self, name) not in DTYPE_BYTES:
                 known = ", ".join(DTYPE_BYTES)
@@ -48,6 +58,18 @@ class Scenario:
                 )
         if not 0 <= self.reserve_gb < math.inf:
             raise ConfigError(f"--reserve-gb must be 0 or more, not {self.reserve_gb}")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a request's prompt."""
+        if self.prompt is not None:
+            return self.prompt
+        return max(1, self.context // 2 if self.output is None else self.context - self.output)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated for a request."""
+        return self.output if self.output is not None else max(1, self.context - self.prompt_tokens)
 
 
 @dataclass(frozen=True)
