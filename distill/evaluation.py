@@ -30,6 +30,8 @@ class EvalStats:
     """Share of tokens on which both models hold the same next token most likely."""
     tokens: int
     """Predicted tokens."""
+    kl_se: float | None = None
+    """Standard error of `kl` over sequences, nats per token; None for fewer than two of them."""
 
     @property
     def student_perplexity(self) -> float:
@@ -40,17 +42,26 @@ class EvalStats:
         return math.exp(min(self.teacher_ce, 700.0))
 
     @classmethod
-    def from_sums(cls, sums: Tensor) -> EvalStats:
-        """From the summed `token_statistics` ([5], order of `STATISTICS`)."""
-        values = dict(zip(STATISTICS, sums.tolist(), strict=True))
-        tokens = int(values.pop("tokens"))
-        return cls(**{name: value / tokens for name, value in values.items()}, tokens=tokens)
+    def from_sequences(cls, sums: Tensor) -> EvalStats:
+        """From the sums over each sequence, [S, 5]: those of `STATISTICS` and the tokens; sequences without any do not count.
+
+        The mean over tokens is a ratio of two means over sequences; its standard error is that of the ratio
+        (Cochran, Sampling Techniques, 3rd ed., section 2.11): the spread of what a sequence adds beyond its tokens' share.
+        """
+        counted = sums[sums[:, -1] > 0]
+        tokens = int(counted[:, -1].sum())
+        means = (counted[:, :-1].sum(0) / tokens).tolist()
+        beyond = counted[:, 0] - means[0] * counted[:, -1]
+        sequences = len(counted)
+        spread = float(beyond.square().sum()) * sequences / (sequences - 1) if sequences > 1 else None
+        error = None if spread is None else math.sqrt(spread) / tokens
+        return cls(**dict(zip(STATISTICS, means, strict=True)), tokens=tokens, kl_se=error)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvalStats:
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields and both perplexities, for JSON."""
         perplexities = {"student_perplexity": self.student_perplexity, "teacher_perplexity": self.teacher_perplexity}
         return asdict(self) | perplexities
@@ -80,15 +91,15 @@ def evaluate(
     """
     stream = TokenStream(pack, sequence_length, check_pair(teacher, student), "held-out pack")
     batches = heldout_batches(stream, tokens, sequence_length, micro_batch)
-    sums = sum_statistics(
+    sums = sequence_statistics(
         FrozenTeacher(teacher, compute_dtype), StudentLoss(student, compute_dtype, chunk_tokens), batches
     )
-    return EvalStats.from_sums(sums)
+    return EvalStats.from_sequences(sums)
 
 
 @torch.no_grad()
-def sum_statistics(teacher: nn.Module, student: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """`token_statistics` summed over this rank's batches: [5] fp64 on the CPU.
+def sequence_statistics(teacher: nn.Module, student: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """`token_statistics` summed over each sequence of this rank's batches, and their counts: [S, 5] fp64 on the device.
 
     Args:
         teacher: a `FrozenTeacher`.
@@ -96,10 +107,10 @@ def sum_statistics(teacher: nn.Module, student: nn.Module, batches: Iterable[tup
         batches: (tokens [B, T], mask [B, T]) pairs.
     """
     device = next(student.parameters()).device
-    training, sums = student.training, torch.zeros(len(STATISTICS), dtype=torch.float64)
+    training, sums = student.training, []
     student.eval()
     for tokens, mask in batches:
         tokens, mask = tokens.to(device), mask.to(device)
-        sums += student(tokens, *teacher(tokens), mask_BT=mask, statistics=True)
+        sums.append(student(tokens, *teacher(tokens), mask_BT=mask, statistics=True))
     student.train(training)
-    return sums
+    return torch.cat(sums)

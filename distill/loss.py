@@ -121,7 +121,8 @@ class _ChunkedKL(torch.autograd.Function):
         return (*gradients, None, None, None, None, None, None)
 
 
-STATISTICS = ("kl", "student_ce", "teacher_ce", "top1_agreement", "tokens")
+STATISTICS = ("kl", "student_ce", "teacher_ce", "top1_agreement")
+"""Columns of `token_statistics`."""
 
 
 @torch.no_grad()
@@ -135,29 +136,27 @@ def token_statistics(
     chunk: int = 512,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sums over tokens of what an evaluation reports, in the same chunks and precision as `chunked_kl`.
+    """What an evaluation reports of each token, in the same chunks and precision as `chunked_kl`.
 
     Args:
         labels: [N], the true next tokens; the others as in `chunked_kl`.
 
     Returns:
-        [5] in the order of `STATISTICS`, fp64: KL(teacher || student) and the cross-entropies of student and
-        teacher on the labels (nats), the count of tokens on which both have the same most likely next token, and
-        N. Sums of several calls, and of several ranks, add up.
+        [N, 4] in the order of `STATISTICS`, fp32 (fp64 for fp64 inputs): KL(teacher || student) and the
+        cross-entropies of student and teacher on the labels (nats), and 1 where both have the same most likely next
+        token, else 0.
     """
-    sums = torch.zeros(len(STATISTICS), dtype=torch.float64)
+    result = student_hidden.new_empty(len(labels), len(STATISTICS), dtype=_accumulation_dtype(student_hidden))
     with torch.autocast(student_hidden.device.type, enabled=False):
         head = student_head.to(compute_dtype or student_hidden.dtype)
         pairs = _log_probabilities(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
         for rows, log_q, log_p in pairs:
             label_N1 = labels[rows, None]
-            agreement = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-            student_ce, teacher_ce = (-log.gather(1, label_N1).sum() for log in (log_q, log_p))
-            kl = log_p.exp().mul_(log_p.sub_(log_q)).sum()
-            sums += (
-                torch.stack([kl, student_ce, teacher_ce, agreement, agreement.new_tensor(len(label_N1))]).double().cpu()
-            )
-    return sums
+            agreement = log_p.argmax(-1) == log_q.argmax(-1)
+            student_ce, teacher_ce = (-log.gather(1, label_N1)[:, 0] for log in (log_q, log_p))
+            kl = log_p.exp().mul_(log_p.sub_(log_q)).sum(-1)
+            result[rows] = torch.stack([kl, student_ce, teacher_ce, agreement.to(kl.dtype)], dim=1)
+    return result
 
 
 def _log_probabilities(

@@ -57,11 +57,14 @@ class StudentLoss(nn.Module):
         normaliser: float | None = None,
         statistics: bool = False,
     ) -> Tensor:
-        """The batch's summed KL over `normaliser`; or, if `statistics`, the sums of `token_statistics`.
+        """The batch's summed KL over `normaliser`; or, if `statistics`, what an evaluation reports of each sequence.
 
         Args:
             mask_BT: True where a token is real; None if all are.
             normaliser: predicting positions of the global batch; this batch's own if None.
+
+        Returns:
+            A scalar; or [B, 5] fp64, the sums of `token_statistics` over each sequence and their count.
         """
         dtype = getattr(torch, self.compute_dtype) if self.compute_dtype != "float32" else None
         with autocast(tokens_BT.device, self.compute_dtype):
@@ -71,8 +74,17 @@ class StudentLoss(nn.Module):
         states = (hidden, _head(self.student), target, teacher_head_VD)
         if statistics:
             labels = next_tokens(tokens_BT, mask_BT)
-            return token_statistics(*states, labels, chunk=self.chunk_tokens, compute_dtype=dtype)
+            values = token_statistics(*states, labels, chunk=self.chunk_tokens, compute_dtype=dtype)
+            return _sums_of_sequences(values, mask_BT, tokens_BT)
         return chunked_kl(*states, normaliser=normaliser, chunk=self.chunk_tokens, compute_dtype=dtype)
+
+
+def _sums_of_sequences(values_NC: Tensor, mask_BT: Tensor | None, tokens_BT: Tensor) -> Tensor:
+    """Adds up the rows that belong to each sequence, and counts them: [B, C + 1] fp64."""
+    sequence_BT = torch.arange(len(tokens_BT), device=tokens_BT.device)[:, None].expand(tokens_BT.shape)
+    rows = torch.nn.functional.pad(values_NC.double(), (0, 1), value=1.0)
+    sums = rows.new_zeros(len(tokens_BT), rows.shape[1])
+    return sums.index_add_(0, predicting_positions(sequence_BT, mask_BT), rows)
 
 
 def check_pair(teacher: nn.Module, student: nn.Module) -> int:

@@ -29,13 +29,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class HealResult:
-    """What healing did. When it is returned, the student holds the weights of `best_path`."""
+    """What healing did up to now. When it is returned, the student holds the weights of `best_path`."""
 
     before: EvalStats
     after: EvalStats
     best: EvalStats
     best_step: int
     best_path: Path
+    evaluations: dict[int, EvalStats]
+    """Every evaluation of the run by its step, over all sessions: `before` at 0, `after` at the last."""
     steps: int
     tokens: int
     """Training tokens, over all sessions of the run."""

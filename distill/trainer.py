@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from blocks.errors import NasError
+from blocks.errors import ConfigError, NasError
 from blocks.files import clear_leftovers
 from distill.checkpoint import CheckpointStore, Snapshot, load_best, load_student, read_best, student_state, write_best
 from distill.config import DistillConfig
 from distill.data import TokenStream, batch_indices, heldout_batches
-from distill.evaluation import EvalStats, sum_statistics
+from distill.evaluation import EvalStats, sequence_statistics
 from distill.fingerprint import model_fingerprint, pack_fingerprint, require_same_run
 from distill.interrupt import HealingStopped, StopRequest
 from distill.metrics import MetricsLog, peak_memory
@@ -47,6 +47,8 @@ def heal(
     *,
     on_step: Callable[[Progress], None] | None = None,
     resume: bool = True,
+    until: int | None = None,
+    eval_at: Collection[int] = (),
 ) -> HealResult:
     """Trains `student` in place towards `teacher` by forward KL, and leaves it with its best weights.
 
@@ -59,6 +61,11 @@ def heal(
         out_dir: where metrics, checkpoints and the best student go.
         on_step: told how it goes (on the main process).
         resume: go on from the newest checkpoint in `out_dir`; if False, what lies there is removed.
+        until: stop once this step is done, evaluated there and with a checkpoint; the schedule stays that of all of
+            `config.tokens`. Called again (with the child as it was at the very first call) and a later `until`, or
+            none, it goes on as if never stopped: a short heal is a beginning of the long one. (Its evaluation there is
+            one more candidate for the best student.)
+        eval_at: steps to evaluate at, besides those of `config.eval_every`.
 
     Raises:
         ConfigError, DataError: a pair or packs that do not fit each other or the configuration.
@@ -66,7 +73,11 @@ def heal(
         HealingStopped: SIGTERM or Ctrl-C, after a checkpoint was written.
         NasError: the loss is not finite; nothing was overwritten.
     """
+    if until is not None and until < 1:
+        raise ConfigError(f"until is {until}; healing can stop after step 1 or a later one")
     run = _Healing(config, (teacher, student), (train_pack, heldout_pack), out_dir, on_step)
+    run.last = min(config.steps, until or config.steps)
+    run.eval_at = frozenset(eval_at)
     with StopRequest() as stop:
         try:
             run.start(resume)
@@ -108,9 +119,11 @@ class _Healing:
         self.best_path = out_dir / "best" / "student.safetensors"
         self.best_kl = math.inf
         self.log: MetricsLog | None = None  # on the main process only
-        self.before: EvalStats | None = None
-        self.latest: EvalStats | None = None
+        self.evaluations: dict[int, EvalStats] = {}
         self.step = 0
+        self.last = config.steps
+        """The step to stop after."""
+        self.eval_at: frozenset[int] = frozenset()
         self.session = SessionClock()
 
     # Beginning and end
@@ -127,34 +140,37 @@ class _Healing:
         if self._is_main:
             self.log = MetricsLog(self.out_dir / "metrics.jsonl", keep_through=-1 if snapshot is None else self.step)
         if snapshot is None:
-            self.before = self._evaluate()
-            self._report(math.nan, self.before)
+            self._report(math.nan, self._evaluate())
 
     def train(self, stop: StopRequest) -> None:
         """Steps to the end, evaluating and writing checkpoints on the way."""
-        while self.step < self.config.steps:
+        while self.step < self.last:
             loss, signal_number = self._train_step(stop)
-            stats = self._evaluate() if self._due(self.config.eval_every) else None
+            evaluates = self._due(self.config.eval_every) or self.step in self.eval_at
+            stats = self._evaluate() if evaluates else None
             if self._due(self.config.checkpoint_every) or signal_number:
                 self._write_checkpoint()
             self._report(loss, stats)
-            if signal_number and self.step < self.config.steps:
+            if signal_number and self.step < self.last:
                 written = self.store.path(self.step)
                 text = f"healing stopped at step {self.step} of {self.config.steps}; {written} is written"
                 raise HealingStopped(f"{text}. Run the same command again to go on", signal_number)
+        if self.step == self.last and self.step not in self.evaluations:  # a signal had ended an earlier session here
+            self._evaluate()
+            self._write_checkpoint()
 
     def finish(self) -> HealResult:
         """Leaves the best weights in the student."""
-        assert self.before is not None and self.latest is not None
         self.accelerator.wait_for_everyone()
         load_best(self.student, self.best_path)
         best_step, best = read_best(self.best_path)
         return HealResult(
-            before=self.before,
-            after=self.latest,
+            before=self.evaluations[0],
+            after=self.evaluations[max(self.evaluations)],
             best=EvalStats.from_dict(best),
             best_step=best_step,
             best_path=self.best_path,
+            evaluations=dict(self.evaluations),
             steps=self.step,
             tokens=self.step * self.config.step_tokens,
             seconds=self.session.total_seconds,
@@ -221,13 +237,13 @@ class _Healing:
         batches = heldout_batches(
             self.heldout_stream, config.eval_tokens, config.sequence_length, config.micro_batch, rank, world
         )
-        sums = sum_statistics(self.teacher, self.model, batches).to(self.accelerator.device)
-        stats = EvalStats.from_sums(self.accelerator.reduce(sums, "sum"))
+        sums = sequence_statistics(self.teacher, self.model, batches)
+        stats = EvalStats.from_sequences(self.accelerator.gather(sums).cpu())
         if not math.isfinite(stats.kl):
             raise NasError(f"the held-out KL is {stats.kl} at step {self.step}; nothing was overwritten")
         values = stats.to_dict()
         self._log("eval", {"eval_tokens": values.pop("tokens")} | values)
-        self.latest = stats
+        self.evaluations[self.step] = stats
         if stats.kl < self.best_kl:
             self.best_kl = stats.kl
             state = self._student_state()
@@ -236,14 +252,12 @@ class _Healing:
         return stats
 
     def _write_checkpoint(self) -> None:
-        assert self.before is not None and self.latest is not None
         state = self._student_state()
         if not self._is_main:
             return
         record = {
             "run": self.identity,
-            "before": self.before.to_dict(),
-            "latest": self.latest.to_dict(),
+            "evaluations": {str(step): stats.to_dict() for step, stats in self.evaluations.items()},
             "seconds": self.session.total_seconds,
         }
         rng = {
@@ -261,7 +275,8 @@ class _Healing:
         if len(snapshot.rng["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(snapshot.rng["cuda"])
         self.step = snapshot.step
-        self.before, self.latest = (EvalStats.from_dict(snapshot.record[name]) for name in ("before", "latest"))
+        evaluations = snapshot.record["evaluations"]
+        self.evaluations = {int(step): EvalStats.from_dict(stats) for step, stats in evaluations.items()}
         self.best_kl = read_best(self.best_path)[1]["kl"]
         self.session = SessionClock(snapshot.record["seconds"])
 
@@ -293,7 +308,7 @@ class _Healing:
         return self.session.steps_per_training_second * self.config.step_tokens
 
     def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+        return self.step == self.last or (every > 0 and self.step % every == 0)
 
     def _batch_indices(self, rank: int, world: int) -> np.ndarray:
         config = self.config

@@ -127,9 +127,9 @@ def test_causal_shift_and_padding() -> None:
 def test_token_statistics_equal_dense() -> None:
     hidden, head, teacher_hidden, teacher_head = states()
     labels = torch.arange(TOKENS)
-    kl, student_ce, teacher_ce, agreement, count = token_statistics(
-        hidden, head, teacher_hidden, teacher_head, labels, chunk=8
-    ).tolist()
+    values = token_statistics(hidden, head, teacher_hidden, teacher_head, labels, chunk=8)
+    assert values.shape == (TOKENS, 4)
+    kl, student_ce, teacher_ce, agreement = values.sum(0).tolist()
     student_logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T
     dense = dense_kl(hidden, head, teacher_hidden, teacher_head, torch.ones(TOKENS, dtype=torch.float64))
     assert kl == pytest.approx(dense.item() * TOKENS, rel=1e-10)
@@ -137,4 +137,3 @@ def test_token_statistics_equal_dense() -> None:
     assert student_ce == pytest.approx(cross_entropy(student_logits, labels, reduction="sum").item(), rel=1e-10)
     assert teacher_ce == pytest.approx(cross_entropy(teacher_logits, labels, reduction="sum").item(), rel=1e-10)
     assert agreement == (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum().item()
-    assert count == TOKENS
