@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from blocks.shape import ModelShape
 from nas.costs import CostModel, Scenario
 from nas.interval import FEWEST
-from nas.solve import Problem, solve
+from nas.solve import Limit, Problem, solve
 from nas.table import ScoreRow
 
 SHARES = (0.9, 0.7, 0.5)  # budgets at which the choice is looked at, as shares of the parent's layers
@@ -26,12 +26,12 @@ def choices(rows: Sequence[ScoreRow], shape: ModelShape) -> list[list[str]]:
     """The exact optimum of the additive problem at each of `SHARES` that the space can reach: specs by layer."""
     costs = CostModel(shape, Scenario())
     table = [[row for row in rows if row.layer == layer] for layer in shape.layers]
-    prices = [[costs.layer_bytes(row.spec) for row in layer] for layer in table]
+    scores = [[row.score for row in layer] for layer in table]
+    sizes = [[costs.layer_bytes(row.spec) for row in layer] for layer in table]
     found = []
     for share in SHARES:
-        limit = costs.budget_for_share(share) - costs.fixed_bytes
-        problem = Problem([[row.score for row in layer] for layer in table], prices, limit)
-        if problem.smallest_cost <= limit and (solution := solve(problem)) is not None:
+        limit = Limit("bytes", sizes, high=costs.budget_for_share(share) - costs.fixed_bytes)
+        if limit.allows(limit.least) and (solution := solve(Problem(scores, [limit]))) is not None:
             found.append([str(layer[c].spec) for layer, c in zip(table, solution.choice, strict=True)])
     return found
 

@@ -1,145 +1,247 @@
-"""The additive problem, solved exactly: one candidate per layer, least total score, total cost within the limit.
+"""The additive problem, solved exactly: one candidate per group, least total score, every limit met.
 
-A multiple-choice knapsack as a mixed-integer program for HiGHS (scipy). Costs are whole bytes; each layer's are counted
-from its cheapest candidate, divided by their greatest common divisor and split into digits, so that the solver's
-tolerances rarely matter. Every answer is checked in integers all the same, and one that a tolerance let over the limit
-is forbidden by name.
+A multiple-choice knapsack with any number of limits, each a sum of whole numbers (bytes, parameters, nanoseconds) with
+a least value, a largest value, or both. `solve` gives the proven optimum with its bound and the price of every limit,
+`solve_pool` diverse near-optima, `extreme` and `why_infeasible` what the limits leave.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
-
-from blocks.errors import InfeasibleBudgetError, NasError
+from blocks.errors import InfeasibleBudgetError
 
 GAP = 1e-9
-LARGEST_COEFFICIENT = 100_000  # HiGHS takes 1e-6 for an integer: beyond this its slips are whole units
+POOL_GAP = 1e-4  # of pool members after the first: two scores are never known to one part in ten thousand
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`low` <= sum over groups of `amounts[g][choice[g]]` <= `high`; whole numbers (bytes, parameters, ns).
+
+    None is no bound.
+    """
+
+    name: str
+    amounts: Sequence[Sequence[int]]
+    low: int | None = None
+    high: int | None = None
+
+    def total(self, choice: Sequence[int]) -> int:
+        return sum(int(amounts[c]) for amounts, c in zip(self.amounts, choice, strict=True))
+
+    def allows(self, total: int) -> bool:
+        return (self.low is None or self.low <= total) and (self.high is None or total <= self.high)
+
+    @property
+    def least(self) -> int:
+        """The least total that any choice has."""
+        return sum(int(min(amounts)) for amounts in self.amounts)
+
+    @property
+    def largest(self) -> int:
+        return sum(int(max(amounts)) for amounts in self.amounts)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Layers x candidates: `scores[l][c]` (nats per token) and `costs[l][c]` (bytes); total cost at most `limit`."""
+    """Groups (layers or subblocks) x candidates, exactly one candidate a group: `scores[g][c]` in nats per token."""
 
     scores: Sequence[Sequence[float]]
-    costs: Sequence[Sequence[int]]
-    limit: int
+    limits: Sequence[Limit] = ()
 
-    def total_cost(self, choice: Sequence[int]) -> int:
-        return sum(costs[c] for costs, c in zip(self.costs, choice, strict=True))
+    def limit(self, name: str) -> Limit:
+        return next(limit for limit in self.limits if limit.name == name)
 
     def total_score(self, choice: Sequence[int]) -> float:
-        return sum(scores[c] for scores, c in zip(self.scores, choice, strict=True))
+        return math.fsum(scores[c] for scores, c in zip(self.scores, choice, strict=True))
 
-    @property
-    def smallest_cost(self) -> int:
-        return sum(min(costs) for costs in self.costs)
+    def total(self, name: str, choice: Sequence[int]) -> int:
+        return self.limit(name).total(choice)
+
+    def feasible(self, choice: Sequence[int]) -> bool:
+        return all(limit.allows(limit.total(choice)) for limit in self.limits)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One candidate index per layer; its score, its cost, and the proven lower bound of the score."""
+    """One candidate index per group, and what is known of it.
+
+    Attributes:
+        score: nats per token.
+        totals: the sum of each limit's amounts, by its name.
+        bound: proven lower bound of the best score.
+        prices: nats per token that one unit more of a limit's bound would save, in the linear relaxation; 0 if slack.
+        binding: the limits whose price is above 0.
+    """
 
     choice: tuple[int, ...]
     score: float
-    cost: int
+    totals: dict[str, int]
     bound: float
+    prices: dict[str, float] = field(default_factory=dict)
+    binding: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """How much better a score could be at most, in nats per token."""
+        return max(0.0, self.score - self.bound)
 
 
-def solve(problem: Problem, avoid: Sequence[Sequence[int]] = (), distance: int = 1) -> Solution | None:
-    """The proven optimum, at least `distance` layers away from every choice in `avoid`.
+@dataclass(frozen=True)
+class Reach:
+    """What one limit's total can be: alone, and under the bounds of all other limits (None if those have no choice)."""
 
-    Returns None if `avoid` leaves nothing. Raises InfeasibleBudgetError if the limit alone cannot be met (its
-    `smallest_gb` counts the layers only: the caller adds what is fixed).
+    name: str
+    low: int | None
+    high: int | None
+    least: int
+    largest: int
+    least_under_others: int | None
+    largest_under_others: int | None
+
+    @property
+    def missed_alone(self) -> bool:
+        return _missed(self, self.least, self.largest)
+
+    @property
+    def missed_under_others(self) -> bool:
+        """Whether the others have choices, and none of them meets this one."""
+        if self.least_under_others is None or self.largest_under_others is None:
+            return False
+        return _missed(self, self.least_under_others, self.largest_under_others)
+
+
+def _missed(reach: Reach, least: int, largest: int) -> bool:
+    return (reach.high is not None and reach.high < least) or (reach.low is not None and reach.low > largest)
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Why no choice meets the limits.
+
+    Attributes:
+        reaches: of every limit, in the problem's order.
+        conflicting: the smallest set of limits that cannot be met together: one name if it cannot be met by any choice.
     """
-    if problem.smallest_cost > problem.limit:
-        raise InfeasibleBudgetError("no choice fits", smallest_gb=problem.smallest_cost / 1e9, binding="memory")
-    sizes = [len(scores) for scores in problem.scores]
-    starts = np.concatenate(([0], np.cumsum(sizes)))
-    flat_scores = np.concatenate([np.asarray(s, dtype=float) for s in problem.scores])
-    columns = np.arange(len(flat_scores) + 1)  # the last one carries from the low to the high digits of the bytes
-    one_each = csr_matrix(
-        (np.ones(len(flat_scores)), (np.repeat(np.arange(len(sizes)), sizes), columns[:-1])),
-        shape=(len(sizes), len(columns)),
+
+    reaches: tuple[Reach, ...]
+    conflicting: tuple[str, ...]
+
+    def reach(self, name: str) -> Reach:
+        return next(reach for reach in self.reaches if reach.name == name)
+
+
+def solve(
+    problem: Problem,
+    avoid: Sequence[Sequence[int]] = (),
+    distance: int = 1,
+    near: tuple[Sequence[int], int] | None = None,
+    gap: float = GAP,
+) -> Solution | None:
+    """The proven optimum, at least `distance` groups away from every choice in `avoid`.
+
+    Args:
+        near: (choice, changes): at most `changes` groups differ from it.
+        gap: relative gap at which the search for better ones stops.
+
+    Returns None if `avoid` and `near` leave nothing. Raises InfeasibleBudgetError if the limits themselves cannot be met.
+    """
+    from nas.knapsack import Rows, optimum
+
+    cuts = [_away(problem, choice, distance) for choice in avoid]
+    if near is not None:
+        cuts.append(_close(problem, *near))
+    best = optimum(problem.scores, Rows.of((*problem.limits, *cuts)), gap)
+    if best is None:
+        if not cuts or optimum(problem.scores, Rows.of(problem.limits), math.inf) is None:
+            raise _infeasible(problem)
+        return None
+    prices = {limit.name: best.prices.get(place, 0.0) for place, limit in enumerate(problem.limits)}
+    return Solution(
+        choice=best.choice,
+        score=problem.total_score(best.choice),
+        totals={limit.name: limit.total(best.choice) for limit in problem.limits},
+        bound=best.bound,
+        prices=prices,
+        binding=tuple(name for name, price in prices.items() if price > 0),
     )
-    constraints = [LinearConstraint(one_each, 1, 1), *_within_limit(problem)]
-    upper = np.append(np.ones(len(flat_scores)), len(sizes))
-
-    def keep_away(choice: Sequence[int], layers: int) -> None:
-        taken = np.zeros(len(columns))
-        taken[starts[:-1] + np.asarray(choice)] = 1
-        constraints.append(LinearConstraint(taken[None], -np.inf, len(sizes) - layers))
-
-    for choice in avoid:
-        keep_away(choice, distance)
-    while True:
-        with _silent_stdout():
-            result = milp(
-                np.append(flat_scores, 0.0),
-                constraints=constraints,
-                integrality=np.ones(len(columns), dtype=np.int64),
-                bounds=Bounds(0, upper),
-                options={"mip_rel_gap": GAP},
-            )
-        if result.status == 2:
-            return None
-        if result.x is None:
-            raise NasError(f"the solver gave up on the additive problem: {result.message}")
-        picked = tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(starts))
-        cost = problem.total_cost(picked)
-        if cost <= problem.limit:
-            return Solution(picked, problem.total_score(picked), cost, float(result.mip_dual_bound))
-        keep_away(picked, 1)  # a tolerance let it through: forbid this choice and no other
 
 
-def _within_limit(problem: Problem) -> list[LinearConstraint]:
-    """Total cost within the limit, in two rows of digits and a carry c, as the last column:
+def solve_pool(problem: Problem, size: int, distance: int, gap: float = POOL_GAP) -> list[Solution]:
+    """The optimum, then up to size - 1 near-optima, each at least `distance` groups from all before it, best first.
 
-        sum low x <= limit_low + base c        sum high x + c <= limit_high
-
-    In one row of whole bytes the solver's relative tolerances would be thousands of bytes wide.
+    `gap` is that of the members after the first.
     """
-    extra = [cost - min(costs) for costs in problem.costs for cost in costs]
-    unit = math.gcd(*extra) or 1
-    limit, most = (problem.limit - problem.smallest_cost) // unit, max(extra) // unit
-    base = most + 1 if most < LARGEST_COEFFICIENT else math.isqrt(most) + 1
-    low = np.array([cost // unit % base for cost in extra] + [-base], dtype=float)
-    high = np.array([cost // unit // base for cost in extra] + [1], dtype=float)
-    return [
-        LinearConstraint(low[None], -np.inf, limit % base + 0.5),
-        LinearConstraint(high[None], -np.inf, limit // base + 0.5),
-    ]
-
-
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """HiGHS prints remarks of its own past Python's streams; standard output is for results (`--json`)."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def solve_pool(problem: Problem, size: int, distance: int) -> list[Solution]:
-    """The optimum and up to size - 1 near-optima, each at least `distance` layers from all before it, best first."""
     pool: list[Solution] = []
     while len(pool) < size:
-        found = solve(problem, [solution.choice for solution in pool], distance)
+        found = solve(problem, [solution.choice for solution in pool], distance, gap=gap if pool else GAP)
         if found is None:
             break
         pool.append(found)
-    return pool
+    return [*pool[:1], *sorted(pool[1:], key=lambda solution: solution.score)]
+
+
+def extreme(problem: Problem, name: str, sense: Literal["min", "max"]) -> int | None:
+    """The least or largest total of one limit's amounts under all other limits; None if no choice meets those."""
+    wanted = problem.limit(name)
+    return _extreme(wanted, [limit for limit in problem.limits if limit is not wanted], sense)
+
+
+def _extreme(wanted: Limit, others: Sequence[Limit], sense: Literal["min", "max"]) -> int | None:
+    from nas.knapsack import Rows, optimum
+
+    if not others:
+        return wanted.least if sense == "min" else wanted.largest
+    sign = 1 if sense == "min" else -1
+    unit = max((abs(int(amount)) for amounts in wanted.amounts for amount in amounts), default=1) or 1
+    scores = [[sign * int(amount) / unit for amount in amounts] for amounts in wanted.amounts]
+    best = optimum(scores, Rows.of(others), 0.0)
+    return None if best is None else wanted.total(best.choice)
+
+
+def why_infeasible(problem: Problem) -> Conflict:
+    """For every limit what its total can be, alone and under the others, and the fewest limits that conflict."""
+    reaches = []
+    for limit in problem.limits:
+        least, largest = extreme(problem, limit.name, "min"), extreme(problem, limit.name, "max")
+        reaches.append(Reach(limit.name, limit.low, limit.high, limit.least, limit.largest, least, largest))
+    return Conflict(tuple(reaches), _conflicting(problem.limits))
+
+
+def _conflicting(limits: Sequence[Limit]) -> tuple[str, ...]:
+    from nas.knapsack import Rows, optimum
+
+    subsets: Iterable[tuple[Limit, ...]] = itertools.chain.from_iterable(
+        itertools.combinations(limits, size) for size in range(1, len(limits) + 1)
+    )
+    for subset in subsets:
+        nothing = [[0.0] * len(amounts) for amounts in subset[0].amounts]
+        if optimum(nothing, Rows.of(subset), math.inf) is None:
+            return tuple(limit.name for limit in subset)
+    return ()
+
+
+def _infeasible(problem: Problem) -> InfeasibleBudgetError:
+    report = why_infeasible(problem)
+    names = report.conflicting or tuple(limit.name for limit in problem.limits)
+    first = report.reach(names[0])
+    smallest = first.least if first.least_under_others is None else first.least_under_others
+    return InfeasibleBudgetError(f"no choice meets {' and '.join(names)}", smallest / 1e9, names[0])
+
+
+def _away(problem: Problem, choice: Sequence[int], distance: int) -> Limit:
+    return Limit("", _same(problem, choice), high=len(choice) - distance)
+
+
+def _close(problem: Problem, choice: Sequence[int], changes: int) -> Limit:
+    return Limit("", _same(problem, choice), low=len(choice) - changes)
+
+
+def _same(problem: Problem, choice: Sequence[int]) -> list[list[int]]:
+    """1 for the candidates of `choice`."""
+    return [[int(c == picked) for c in range(len(s))] for s, picked in zip(problem.scores, choice, strict=True)]
