@@ -346,6 +346,71 @@ def distill(
 @app.command(
     epilog="""Examples:
 
+nas bench                                                 the candidates of runs/default on this device
+
+nas bench --run runs/8b --batch 16 --prompt 1024 --output 512
+
+nas bench --shape config.json --out profiles/h200.json    a Hugging Face config.json alone, no weights needed
+
+nas bench --dry-run --json                                what would be measured; for machines"""
+)
+def bench(
+    run: Annotated[Path | None, typer.Option("--run", help="The run whose candidates to measure.")] = None,
+    parent: Annotated[str | None, typer.Option(help="Instead: a parent, as for nas score.")] = None,
+    shape: Annotated[Path | None, typer.Option(help="Instead: a Hugging Face config.json; no weights needed.")] = None,
+    space: Annotated[str | None, typer.Option(help="Search space; the run's own, or default.")] = None,
+    target: Annotated[str | None, typer.Option(help="Engine that must serve the child: vllm or transformers.")] = None,
+    architecture: Annotated[
+        Path | None, typer.Option(help="An architecture.json to assemble and check; the run's own, or a made half.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences served at once.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of KV cache per sequence.")] = None,
+    prompt: Annotated[int | None, typer.Option(help="Tokens of a request's prompt; half of the context.")] = None,
+    output: Annotated[int | None, typer.Option(help="Tokens generated for a request; the rest of the context.")] = None,
+    weight_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    tp: Annotated[int | None, typer.Option(help="GPUs that share each layer; the time is one GPU's.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds to take medians over.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The profile to write; profiles/DEVICE-DIGEST.json.")] = None,
+    recipe: RecipeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Measure how long every candidate takes on this device, into a profile file that travels."""
+    import sys
+
+    from blocks.ranks import require_one_process
+    from nas.bench import effort_for, run_bench
+    from nas.bench_command import bench_table, check_lines, default_out, find_subject, plan
+    from nas.config import build, load_recipe
+    from nas.costs import Scenario
+
+    require_one_process("nas bench")
+    place = pick_device(device)
+    flags = {"batch": batch, "context": context, "prompt": prompt, "output": output, "tp": tp}
+    flags |= {"weight_dtype": weight_dtype, "kv_dtype": kv_dtype}  # type: ignore[dict-item]
+    scenario = build(Scenario, load_recipe(recipe), flags, place.type)
+    effort = effort_for(place, repeats)
+    subject = find_subject(scenario, run, parent, shape, space, target, architecture)
+    out = out or default_out(subject, scenario, place)
+    if dry_run:
+        return emit(plan(subject, scenario, place, effort, out), as_json)
+    about = {"command": " ".join(["nas", *sys.argv[1:]]), "of": subject.name, "space": subject.space.name}
+    measured = run_bench(
+        subject.shape, scenario, subject.specs(), subject.children, place, effort, reporter(as_json), out, about
+    )
+    if as_json:
+        return emit(measured.to_json(), as_json)
+    from rich.console import Console
+
+    Console().print(bench_table(measured))
+    typer.echo("\n".join([*check_lines(measured), f"{out} written"]))
+
+
+@app.command(
+    epilog="""Examples:
+
 nas show
 
 nas show --run runs/8b --json"""
