@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.data import TokenStream, heldout_batches
+from distill.data import TokenStream, heldout_batches, to_device
 from distill.loss import STATISTICS
 from distill.models import FrozenTeacher, StudentLoss, check_pair
 
@@ -110,7 +110,7 @@ def sequence_statistics(teacher: nn.Module, student: nn.Module, batches: Iterabl
     training, sums = student.training, []
     student.eval()
     for tokens, mask in batches:
-        tokens, mask = tokens.to(device), mask.to(device)
+        tokens, mask = to_device(tokens, device), to_device(mask, device)
         sums.append(student(tokens, *teacher(tokens), mask_BT=mask, statistics=True))
     student.train(training)
     return torch.cat(sums)

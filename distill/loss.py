@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distill.operations import kernels_for
+
 
 def predicting_positions(x_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """Selects, flat, the positions of `x` ([B, T, ...]) that predict a token: the causal shift and the mask.
@@ -99,14 +101,13 @@ class _ChunkedKL(torch.autograd.Function):
         )
         with torch.autocast(student_hidden.device.type, enabled=False):
             head = student_head.to(compute_dtype or student_hidden.dtype)
-            pairs = _log_probabilities(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
-            for rows, log_q, log_p in pairs:
-                p = log_p.exp()
-                scale_n = scale[rows].to(dtype)
-                loss += log_p.sub_(log_q).mul_(p).sum(-1) @ scale_n
-                if hidden_gradient is None and head_gradient is None:
+            logits = _logits(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
+            wanted = head.dtype if hidden_gradient is not None or head_gradient is not None else None
+            for rows, student_logits, teacher_logits in logits:
+                part, logit_gradient = _kl_and_gradient(student_logits, teacher_logits, scale[rows].to(dtype), wanted)
+                loss += part
+                if logit_gradient is None:
                     continue
-                logit_gradient = log_q.exp_().sub_(p).mul_(scale_n[:, None]).to(head.dtype)
                 if hidden_gradient is not None:
                     hidden_gradient[rows] = _product(logit_gradient, head).to(hidden_gradient.dtype)
                 if head_gradient is not None:
@@ -119,6 +120,25 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g * loss_gradient.to(g.dtype) for g in ctx.saved_tensors]
         return (*gradients, None, None, None, None, None, None)
+
+
+def _kl_and_gradient(
+    student: Tensor, teacher: Tensor, scale_n: Tensor, gradient_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled sum of KL(teacher || student) of a chunk's logits [n, V], and its gradient; the logits are spent.
+
+    In one kernel on a GPU, which reads the logits twice and writes the gradient; in nine passes over them elsewhere.
+    """
+    kernels = kernels_for(student)
+    if kernels is not None:
+        gradient = None if gradient_dtype is None else torch.empty_like(student, dtype=gradient_dtype)
+        return kernels.kl_rows(student, teacher, scale_n, gradient).sum(), gradient
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    p = log_p.exp()
+    loss = log_p.sub_(log_q).mul_(p).sum(-1) @ scale_n
+    if gradient_dtype is None:
+        return loss, None
+    return loss, log_q.exp_().sub_(p).mul_(scale_n[:, None]).to(gradient_dtype)
 
 
 STATISTICS = ("kl", "student_ce", "teacher_ce", "top1_agreement")
@@ -149,8 +169,10 @@ def token_statistics(
     result = student_hidden.new_empty(len(labels), len(STATISTICS), dtype=_accumulation_dtype(student_hidden))
     with torch.autocast(student_hidden.device.type, enabled=False):
         head = student_head.to(compute_dtype or student_hidden.dtype)
-        pairs = _log_probabilities(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
-        for rows, log_q, log_p in pairs:
+        logits = _logits(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
+        for rows, *both in logits:
+            log_q, log_p = (each.log_softmax(-1) for each in both)
+            del both
             label_N1 = labels[rows, None]
             agreement = log_p.argmax(-1) == log_q.argmax(-1)
             student_ce, teacher_ce = (-log.gather(1, label_N1)[:, 0] for log in (log_q, log_p))
@@ -159,7 +181,7 @@ def token_statistics(
     return result
 
 
-def _log_probabilities(
+def _logits(
     student_hidden: Tensor,
     student_head: Tensor,
     teacher_hidden: Tensor,
@@ -167,16 +189,16 @@ def _log_probabilities(
     chunk: int,
     compute_dtype: torch.dtype | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields (rows, log q [n, V], log p [n, V]) for each chunk of n tokens, in the accumulation dtype."""
+    """Yields (rows, student's logits [n, V], teacher's [n, V]) for each chunk of n tokens, in the accumulation dtype."""
     dtype = _accumulation_dtype(student_hidden)
     teacher_head = teacher_head.to(compute_dtype or teacher_hidden.dtype)
     for start in range(0, student_hidden.shape[0], chunk):
         rows = slice(start, start + chunk)
-        log_q, log_p = (
-            _product(hidden[rows].to(head.dtype), head.T).to(dtype).log_softmax(-1)
+        student, teacher = (
+            _product(hidden[rows].to(head.dtype), head.T).to(dtype)
             for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
         )
-        yield rows, log_q, log_p
+        yield rows, student, teacher
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

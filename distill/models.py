@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks.errors import ConfigError
+from distill.decoder import Packed, last_hidden, prepare
 from distill.loss import chunked_kl, next_tokens, predicting_positions, token_statistics
 
 
@@ -27,12 +28,19 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.compute_dtype = compute_dtype
+        self._fused = prepare(model)
+        self._packed: Packed = {}
+        self._rounded_head: Tensor | None = None
 
     @torch.no_grad()
     def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, T, D_t] and head [V, D_t]."""
+        if self._rounded_head is None:  # here, once the model lies where it stays
+            self._rounded_head = _head(self.model).to(_dtype(self.compute_dtype))
+        if self._fused:
+            return last_hidden(self.model, tokens_BT, _dtype(self.compute_dtype), self._packed), self._rounded_head
         with autocast(tokens_BT.device, self.compute_dtype):
-            return _last_hidden(self.model, tokens_BT), _head(self.model)
+            return _last_hidden(self.model, tokens_BT), self._rounded_head
 
 
 class StudentLoss(nn.Module):
@@ -46,6 +54,7 @@ class StudentLoss(nn.Module):
         self.student = student
         self.compute_dtype = compute_dtype
         self.chunk_tokens = chunk_tokens
+        self._fused = prepare(student)
 
     def forward(
         self,
@@ -66,9 +75,12 @@ class StudentLoss(nn.Module):
         Returns:
             A scalar; or [B, 5] fp64, the sums of `token_statistics` over each sequence and their count.
         """
-        dtype = getattr(torch, self.compute_dtype) if self.compute_dtype != "float32" else None
-        with autocast(tokens_BT.device, self.compute_dtype):
-            hidden_BTD = _last_hidden(self.student, tokens_BT)
+        dtype = _dtype(self.compute_dtype)
+        if self._fused:
+            hidden_BTD = last_hidden(self.student, tokens_BT, dtype)
+        else:
+            with autocast(tokens_BT.device, self.compute_dtype):
+                hidden_BTD = _last_hidden(self.student, tokens_BT)
         hidden = predicting_positions(hidden_BTD, mask_BT)
         target = predicting_positions(teacher_hidden_BTD, mask_BT)
         states = (hidden, _head(self.student), target, teacher_head_VD)
@@ -110,6 +122,11 @@ def autocast(device: torch.device, compute_dtype: str) -> AbstractContextManager
     standalone `evaluate` must use the same arithmetic, and one process may heal twice with different dtypes.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype == "bfloat16")
+
+
+def _dtype(compute_dtype: str) -> torch.dtype | None:
+    """Of matrix products; None leaves that of the weights."""
+    return torch.bfloat16 if compute_dtype == "bfloat16" else None
 
 
 def _last_hidden(model: nn.Module, tokens_BT: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from blocks.errors import ConfigError, NasError
 from blocks.files import clear_leftovers
 from distill.checkpoint import CheckpointStore, Snapshot, load_best, load_student, read_best, student_state, write_best
 from distill.config import DistillConfig
-from distill.data import TokenStream, batch_indices, heldout_batches
+from distill.data import TokenStream, batch_indices, heldout_batches, to_device
 from distill.evaluation import EvalStats, sequence_statistics
 from distill.fingerprint import model_fingerprint, pack_fingerprint, require_same_run
 from distill.interrupt import HealingStopped, StopRequest
@@ -189,8 +189,9 @@ class _Healing:
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, signal_number = self._over_ranks(self._accumulate_gradient(), stop.signal_number)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
+        own_loss = self._accumulate_gradient()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        loss, norm, signal_number = self._over_ranks(own_loss, norm, stop.signal_number)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._stop_not_finite(loss, norm)
         self.optimizer.step()
@@ -203,14 +204,14 @@ class _Healing:
         self._log("train", values)
         return loss, signal_number
 
-    def _accumulate_gradient(self) -> float:
+    def _accumulate_gradient(self) -> Tensor:
         """Forward and backward over this rank's share of the batch, in micro-batches.
 
         Every micro-batch is divided by the global count of predicted tokens, so neither their size nor the number
         of ranks changes the gradient. DDP and FSDP average over ranks what should be summed, hence the factor.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        tokens = self.train_stream.read(self._batch_indices(rank, world)).to(self.accelerator.device)
+        tokens = to_device(self.train_stream.read(self._batch_indices(rank, world)), self.accelerator.device)
         micro_batches = tokens.split(self.config.micro_batch)
         total = torch.zeros((), device=self.accelerator.device)
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -219,7 +220,7 @@ class _Healing:
                 loss = self.model(micro_batch, *self.teacher(micro_batch), normaliser=self.config.step_predictions)
                 self.accelerator.backward(loss * world)
             total += loss.detach()
-        return float(total)
+        return total
 
     def _stop_not_finite(self, loss: float, norm: float) -> NoReturn:
         sequences = ", ".join(str(index) for index in self._batch_indices(0, 1))
@@ -314,8 +315,11 @@ class _Healing:
         config = self.config
         return batch_indices(config.seed, self.step, len(self.train_stream), config.batch_sequences, rank, world)
 
-    def _over_ranks(self, loss: float, signal_number: int) -> tuple[float, int]:
-        """The sum of the ranks' losses, and the highest of their signals."""
-        own = torch.tensor([[loss, signal_number]], dtype=torch.float64, device=self.accelerator.device)
-        every = self.accelerator.gather(own)
-        return float(every[:, 0].sum()), int(every[:, 1].max())
+    def _over_ranks(self, loss: Tensor, norm: Tensor, signal_number: int) -> tuple[float, float, int]:
+        """The sum of the ranks' losses, the gradient's norm (theirs are equal) and the highest of their signals.
+
+        The one place of a step where the CPU waits for the GPU.
+        """
+        own = torch.stack([loss.double(), norm.double(), loss.new_full((), signal_number, dtype=torch.float64)])
+        losses, norms, signals = self.accelerator.gather(own[None]).T.tolist()
+        return sum(losses), norms[0], int(max(signals))
