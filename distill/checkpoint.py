@@ -31,7 +31,8 @@ class Snapshot:
 
     step: int
     student: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizers: dict[str, Any]
+    """The state of each, by name."""
     rng: dict[str, Any]
     record: dict[str, Any]
     """JSON: what the run was made from, and what it has measured so far."""
@@ -57,7 +58,7 @@ class CheckpointStore:
         path, state = self.path(snapshot.step), {"step": snapshot.step} | snapshot.record
         with replace_directory(path) as new:
             write_tensors(new / "student.safetensors", snapshot.student)
-            _write_torch(new / "optimizer.pt", snapshot.optimizer)
+            _write_torch(new / "optimizer.pt", snapshot.optimizers)
             _write_torch(new / "rng.pt", snapshot.rng)
             (new / "state.json").write_text(json.dumps(state, indent=1))
         for step in self._steps()[: -self._keep_last]:
@@ -73,10 +74,10 @@ class CheckpointStore:
         try:
             record = json.loads((path / "state.json").read_text())
             student = load_file(path / "student.safetensors")
-            optimizer, rng = (
+            optimizers, rng = (
                 torch.load(path / name, map_location="cpu", weights_only=True) for name in ("optimizer.pt", "rng.pt")
             )
-            return Snapshot(record.pop("step"), student, optimizer, rng, record)
+            return Snapshot(record.pop("step"), student, optimizers, rng, record)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint {path} is damaged ({error}); remove it to go on from the one before"

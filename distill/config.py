@@ -9,7 +9,8 @@ from typing import Any
 from blocks.errors import ConfigError
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "wsd")
+OPTIMIZERS = ("adamw", "muon")
 DEVICES = ("auto", "cpu")
 
 FREE_ON_RESUME = frozenset({"micro_batch", "chunk_tokens", "eval_every", "checkpoint_every", "keep_last", "device"})
@@ -33,24 +34,37 @@ class DistillConfig:
     """Sequences per forward and backward on one rank. Changes memory and speed, not the result."""
 
     learning_rate: float = 3e-4
-    """Peak learning rate of AdamW. 3e-4 suits the default batch of 8 x 256 tokens and short runs; with 32 x 1024 tokens
+    """Peak learning rate. 3e-4 suits the default batch of 8 x 256 tokens and short runs; with 32 x 1024 tokens
     and millions of them, 6e-4 was better in prototypes (SmolLM2-135M at half its weights)."""
 
     warmup_share: float = 0.05
     """Share of the steps over which the learning rate rises from 0, linearly."""
 
     schedule: str = "cosine"
-    """After the warmup: "cosine" down to `final_lr_share`, or "constant"."""
+    """After the warmup: "cosine" down to `final_lr_share`, "constant", or "wsd" (constant, then linearly down to
+    `final_lr_share` over the last `decay_share` of the steps)."""
 
     final_lr_share: float = 0.05
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the cosine or of the decay, as a share of the peak."""
+
+    decay_share: float = 0.2
+    """Of "wsd": the share of the steps that decay."""
+
+    optimizer: str = "adamw"
+    """"adamw", or "muon": Muon for the matrices inside layers, its updates of AdamW's size, and AdamW for all else."""
+
+    embedding_lr_scale: float = 1.0
+    """Learning rate of embedding and head, as a multiple."""
+
+    norm_lr_scale: float = 1.0
+    """Learning rate of norms and biases, as a multiple."""
 
     weight_decay: float = 0.0
     """Decoupled decay of the matrices inside layers (never of norms, biases, embeddings, head). 0: the child starts
     near its goal, which is not the origin."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moment; Muon's momentum is 0.95."""
 
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
@@ -86,12 +100,18 @@ class DistillConfig:
         for name in ("eval_tokens", "eval_every", "checkpoint_every", "weight_decay", "grad_clip", "seed"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
-        for name in ("warmup_share", "final_lr_share"):
+        for name in ("embedding_lr_scale", "norm_lr_scale"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
+        for name in ("warmup_share", "final_lr_share", "decay_share"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         betas_valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         self._require("betas", betas_valid, "two numbers in [0, 1)")
-        for name, choices in (("schedule", SCHEDULES), ("compute_dtype", COMPUTE_DTYPES), ("device", DEVICES)):
-            self._require(name, getattr(self, name) in choices, " or ".join(choices))
+        if self.schedule == "wsd":
+            fits = self.warmup_share + self.decay_share <= 1
+            self._require("decay_share", fits, f"at most {1 - self.warmup_share:g}, what the warmup leaves")
+        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "compute_dtype": COMPUTE_DTYPES, "device": DEVICES}
+        for name, known in choices.items():
+            self._require(name, getattr(self, name) in known, " or ".join(known))
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def _require(self, name: str, valid: bool, wanted: str) -> None:

@@ -34,7 +34,7 @@ from distill.interrupt import HealingStopped, StopRequest
 from distill.metrics import MetricsLog, peak_memory
 from distill.models import FrozenTeacher, StudentLoss, check_pair, keep_master_weights
 from distill.progress import HealResult, Progress, SessionClock
-from distill.schedule import build_optimizer, learning_rate
+from distill.schedule import build_optimizers, learning_rate, set_learning_rate
 
 
 def heal(
@@ -114,7 +114,9 @@ class _Healing:
         self.student = keep_master_weights(student).to(device)
         self.teacher = FrozenTeacher(teacher.to(device), config.compute_dtype)
         loss = StudentLoss(self.student, config.compute_dtype, config.chunk_tokens).train()
-        self.model, self.optimizer = self.accelerator.prepare(loss, build_optimizer(config, self.student))
+        optimizers = build_optimizers(config, self.student)
+        self.model, *prepared = self.accelerator.prepare(loss, *optimizers.values())
+        self.optimizers = dict(zip(optimizers, prepared, strict=True))
         self.store = CheckpointStore(out_dir / "checkpoints", config.keep_last)
         self.best_path = out_dir / "best" / "student.safetensors"
         self.best_kl = math.inf
@@ -187,15 +189,16 @@ class _Healing:
         """One optimizer step. Returns the global loss, and the signal that any rank received (0: none)."""
         started = time.perf_counter()
         rate = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, rate)
         own_loss = self._accumulate_gradient()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         loss, norm, signal_number = self._over_ranks(own_loss, norm, stop.signal_number)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._stop_not_finite(loss, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         seconds = time.perf_counter() - started
         self.session.add_step(seconds)
@@ -265,13 +268,15 @@ class _Healing:
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        self.store.write(Snapshot(self.step, state, self.optimizer.state_dict(), rng, record))
+        states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        self.store.write(Snapshot(self.step, state, states, rng, record))
 
     def _restore(self, snapshot: Snapshot) -> None:
         where = self.store.path(snapshot.step)
         require_same_run(snapshot.record["run"], self.identity, str(where))
         load_student(self.student, snapshot.student, where)
-        self.optimizer.load_state_dict(snapshot.optimizer)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(snapshot.optimizers[name])
         torch.set_rng_state(snapshot.rng["cpu"])
         if len(snapshot.rng["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(snapshot.rng["cuda"])
