@@ -85,7 +85,7 @@ def measure(run: Run, parent: Parent, device: torch.device, split: str, fit: str
     )
 
     def true_kl(child: Child) -> float:
-        return float(kl_to_parent(sweep, hidden, [sweep.run(heldout, child.layers)]).mean())
+        return float(kl_to_parent(sweep, hidden, [sweep.of(child.layers).run(heldout)]).mean())
 
     rows = []
     for budget in BUDGETS:

@@ -43,7 +43,7 @@ def main() -> None:
     hidden = sweep.run(heldout)
 
     def true_kl(layers: list[Weights]) -> float:
-        return float(kl_to_parent(sweep, hidden, [sweep.run(heldout, layers)]).mean())
+        return float(kl_to_parent(sweep, hidden, [sweep.of(layers).run(heldout)]).mean())
 
     changed = [i for i, spec in enumerate(architecture) if spec != parent.shape.parent_layer]
     print(f"{text.numel():,} tokens for fitting, {heldout.numel():,} held out; KL in nats per token", flush=True)

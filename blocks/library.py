@@ -133,6 +133,11 @@ class BlockLibrary:
         """Whether all candidates of a layer are there, or the one asked for."""
         return self._found(layer, spec).is_file()
 
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.directory.glob("layer_*.safetensors"))
+
     def _found(self, layer: int, spec: LayerSpec | None) -> Path:
         """The file of the whole layer if there is one, else that of the candidate asked for."""
         whole = self.path(layer)

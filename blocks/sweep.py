@@ -41,6 +41,7 @@ class Sweep:
         resident: keep the parent's tensors on the device once read; otherwise each sweep reads them again.
         activations: where streams lie; None for the device.
         ranks: who shares the sequences.
+        child: layers of a child that are run in place of the parent's; embedding, final norm and head are the parent's.
         bytes_read: how much this sweep, and what `at` made of it, has read of the parent's weights so far.
     """
 
@@ -51,6 +52,7 @@ class Sweep:
     resident: bool = True
     activations: Activations | None = None
     ranks: Ranks = ALONE
+    child: Sequence[Weights] | None = None
     _kept: dict[str, Weights] = field(default_factory=dict, repr=False)  # as stored, shared by every dtype
     _math: dict[tuple[int, torch.dtype], LayerMath] = field(default_factory=dict, repr=False)
     _counted: list[int] = field(default_factory=lambda: [0], repr=False)
@@ -58,6 +60,10 @@ class Sweep:
     def at(self, dtype: torch.dtype, tokens_per_batch: int | None = None) -> Sweep:
         """This sweep computing in another precision, over the same tensors."""
         return replace(self, dtype=dtype, tokens_per_batch=tokens_per_batch or self.tokens_per_batch)
+
+    def of(self, child: Sequence[Weights]) -> Sweep:
+        """The same sweep over a child, given as the tensors of each of its layers."""
+        return replace(self, child=child)
 
     @property
     def store(self) -> Activations:
@@ -80,12 +86,14 @@ class Sweep:
 
     def layer(self, index: int) -> Weights:
         """All tensors of one layer by their names within it."""
+        if self.child is not None:
+            return self._computing(self.child[index])
         return self._part(self.parent.weights().layer_names(index))
 
     def layers(self, indices: Iterable[int]) -> Iterator[tuple[int, Weights]]:
         """(index, tensors) of several layers in the given order; a streamed one is read while the one before is computed."""
         wanted = list(indices)
-        if self.resident:
+        if self.resident or self.child is not None:
             for index in wanted:
                 yield index, self.layer(index)
             return
@@ -195,10 +203,10 @@ class Sweep:
         return out
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, child: Sequence[Weights] | None = None) -> Tensor:
-        """All layers, the parent's or a child's: token ids [N, S] -> hidden states [N, S, D]."""
+    def run(self, tokens: Tensor) -> Tensor:
+        """All layers: token ids [N, S] -> hidden states [N, S, D]."""
         stream = self.embed(tokens, torch.float32)
-        for _, weights in enumerate(child) if child is not None else self.layers(self.parent.shape.layers):
+        for _, weights in self.layers(self.parent.shape.layers):
             stream = self.forward(weights, stream)
         return self.hidden(stream)
 

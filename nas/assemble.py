@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from blocks.checkpoint import write_child
 from blocks.layer import Weights
-from blocks.library import BlockLibrary
+from blocks.library import BlockLibrary, LayerLibrary
 from blocks.refit import refit_sweep
-from blocks.spec import Architecture
+from blocks.spec import Architecture, LayerSpec
 from blocks.sweep import Sweep
 from nas.exact import kl_to_parent
 from nas.progress import Reporter
+
+KEPT_BYTES = 4 << 30  # of the block library, kept on the device while children are assembled
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Assembler:
         fit_tokens: token ids [N, S] for the refit sweep.
         verify_tokens: token ids [N, S] of calibration text, for true KL.
         pseudo_tokens: of the refit sweep; None for no refit.
+        build: puts candidates that a child needs into the library, where it does not hold all.
     """
 
     sweep: Sweep
@@ -42,31 +46,46 @@ class Assembler:
     verify_tokens: Tensor
     pseudo_tokens: float | None
     reporter: Reporter
+    build: Callable[[Architecture], None] | None = None
     _hidden: Tensor | None = None
+    _opened: dict[int, LayerLibrary] = field(default_factory=dict, repr=False)
 
-    def assemble(self, architecture: Architecture, description: str) -> Child:
+    @property
+    def parent_hidden(self) -> Tensor:
+        """The parent's final hidden states on the verification text [N, S, D]."""
+        if self._hidden is None:
+            self._hidden = self.sweep.run(self.verify_tokens)
+        return self._hidden
+
+    def candidates_of(self, index: int, spec: LayerSpec | None = None) -> LayerLibrary:
+        """The candidates of one layer, kept on the device once read if the whole library is small."""
+        if index in self._opened:
+            return self._opened[index]
+        library = self.library.open(index, self.sweep.layer(index), spec)
+        if self.library.size <= KEPT_BYTES and self.library.has(index):
+            self._opened[index] = library
+        return library
+
+    def assemble(self, architecture: Architecture, description: str = "", refit: bool = True) -> Child:
         """Takes each layer from the library and, unless switched off, runs the refit sweep."""
+        if self.build is not None:
+            self.build(architecture)
         parent = self.sweep.parent.shape.parent_layer
         changed = [index for index, spec in enumerate(architecture) if spec != parent]
         layers: list[Weights] = [self.sweep.layer(index) for index in range(len(architecture))]
         for index in changed:
-            layers[index] = self.library.open(index, layers[index], architecture[index]).layer_weights(
-                architecture[index]
-            )
-        if self.pseudo_tokens is None or not changed:
+            layers[index] = self.candidates_of(index, architecture[index]).layer_weights(architecture[index])
+        if self.pseudo_tokens is None or not changed or not refit:
             return Child(architecture, layers)
-        with self.reporter.task(f"Refitting {description}", len(layers)) as advance:
-            refitted = refit_sweep(
-                self.sweep, layers, changed, self.fit_tokens, self.pseudo_tokens, lambda _: advance()
-            )
+        with self.reporter.task(f"Refitting {description}", len(layers)) if description else nullcontext() as advance:
+            told = (lambda _: advance()) if advance is not None else None
+            refitted = refit_sweep(self.sweep, layers, changed, self.fit_tokens, self.pseudo_tokens, told)
         return Child(architecture, list(refitted))
 
-    def true_kl(self, child: Child) -> float:
-        """KL(parent || child) on the verification text, nats per token."""
-        if self._hidden is None:
-            self._hidden = self.sweep.run(self.verify_tokens)
-        hidden = self.sweep.run(self.verify_tokens, child.layers)
-        return float(kl_to_parent(self.sweep, self._hidden, [hidden]).mean())
+    def true_kl(self, child: Child, rows: slice = slice(None)) -> Tensor:
+        """KL(parent || child) of each sequence of the verification text, or of some of them [N], nats per token."""
+        hidden = self.sweep.of(child.layers).run(self.verify_tokens[rows])
+        return kl_to_parent(self.sweep, self.parent_hidden[rows], [hidden])[0]
 
     def write(self, child: Child, path: Path, dtype: str) -> None:
         """Writes the child as a checkpoint in `dtype`."""

@@ -7,7 +7,6 @@ overrides the recipe.
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -19,12 +18,15 @@ from distill.config import DistillConfig
 from nas.costs import Scenario
 from nas.data import DataConfig
 from nas.engine_config import EngineConfig
+from nas.limits import Range
 
 T = TypeVar("T")
 ESTIMATORS = ("tok", "seq", "fisher")
 METHODS = ("one-pass", "exact", "both")
 LIBRARIES = ("auto", "keep", "rebuild")
 COMPUTE = ("float32", "bfloat16")
+SAMPLERS = ("swap", "tpe", "nsga2", "random")
+LIMITS = ("budget_gb", "budget", "max_params", "max_kv_gb", "min_throughput", "max_latency_ms")
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,128 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What the child must meet and how it is looked for."""
+    """What the child must meet and how it is looked for. A limit is a number or a range: 80, "60:80", "60:", ":80"."""
 
-    budget_gb: float | None = None
+    budget_gb: float | str | None = None
     """Weights + KV cache + reserve, in GB (1e9 bytes)."""
-    budget: float | None = None
+    budget: float | str | None = None
     """Instead of GB: the share of the parent's attention and FFN weights and KV cache to keep."""
+    max_params: float | str | None = None
+    """Parameters, embeddings and head counted."""
+    max_kv_gb: float | str | None = None
+    """KV cache of the scenario, in GB."""
+    min_throughput: float | str | None = None
+    """Generated tokens a second of a whole batch: batch x output / (time to first token + output x time per token)."""
+    max_latency_ms: float | str | None = None
+    """Milliseconds of a whole request; or "TTFT,TPOT": to the first token, and per output token (either may be empty)."""
+    clock: str | None = None
+    """Where times come from: a profile of `nas bench`, or a datasheet (A100, H100, H200, B200, L40S, RTX4090)."""
+    sweep: str | None = None
+    """"0.9:0.5:0.05": a whole family of children at these shares instead of one budget."""
     verify: int = 8
     """How many near-optima of the additive problem are assembled, refitted and measured by true KL."""
     distance: int = 3
     """In how many layers those differ from one another, at least."""
+    path_steps: int = 10
+    """Steps of the path from the parent to the budget, each scored around the child that the last one left; 0 is no path."""
+    path_tokens: int = 16_384
+    """Calibration tokens for scores around a child."""
+    trials: int = 48
+    """True KLs in all: near-optima, path, baselines, and then what the sampler proposes."""
+    sampler: str = "swap"
+    """"swap" (ours), or Optuna's "tpe", "nsga2" or "random", for comparison."""
+    prune: bool = True
+    """Whether a proposal that is surely worse than the best child is given up half-way."""
+    finalists: int = 4
+    """Diverse children that are healed a little before the last choice; 1 takes the best true KL without."""
+    heal_tokens: int = 1_000_000
+    """Tokens that each of the last two finalists is healed on; with four, all four are healed on half of them first."""
     refit: bool = True
     """Whether assembled children get the closed-form refit sweep."""
     refit_pseudo_tokens: float = 1000.0
     """Weight of the present matrices in the refit sweep, in tokens of typical channel energy."""
     verify_tokens: int = 32_768
     """Calibration tokens for the true KL of assembled children."""
+    storage: str | None = None
+    """An Optuna storage URL that many workers share; the run's study.journal if None."""
+    seed: int = 0
+    """Of proposals, random baselines and the labels of the path."""
 
     def __post_init__(self) -> None:
-        if (self.budget_gb is None) == (self.budget is None):
+        if self.budget_gb is not None and self.budget is not None:
             raise ConfigError(
                 "give one budget: --budget-gb 80 (weights + KV cache in GB), or --budget 0.6 (share of the parent's)"
             )
-        require("budget_gb", self.budget_gb, self.budget_gb is None or 0 < self.budget_gb < math.inf, "above 0")
-        require("budget", self.budget, self.budget is None or 0 < self.budget <= 1, "a share between 0 and 1")
-        require("distance", self.distance, self.distance >= 1, "at least 1")
+        if all(getattr(self, name) is None for name in ("sweep", *LIMITS)):
+            raise ConfigError(
+                "give a limit: --budget-gb 80 (weights + KV cache in GB), --budget 0.6 (share of the parent's), --max-params, --max-kv-gb, "
+                "--min-throughput or --max-latency-ms"
+            )
+        for name in LIMITS:
+            self._range(name)
+        if (shares := self._range("budget")) is not None:
+            require(
+                "budget",
+                self.budget,
+                all(end is None or end <= 1 for end in (shares.low, shares.high)),
+                "a share between 0 and 1",
+            )
+        if self.sweep is not None:
+            require(
+                "sweep",
+                self.sweep,
+                self.budget is None and self.budget_gb is None,
+                "given without --budget and --budget-gb",
+            )
+            _ = self.shares
+        require("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
-        for name in ("verify", "verify_tokens"):
+        for name in ("verify", "verify_tokens", "distance", "path_tokens", "trials", "finalists", "heal_tokens"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("path_steps", "seed"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+
+    def _range(self, name: str) -> Range | None:
+        value = getattr(self, name)
+        if value is None or (name == "max_latency_ms" and "," in str(value)):
+            return None
+        return Range.parse(value, flag(name), least=name == "min_throughput")
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """What is asked for, by the name of its limit (nas/limits.py), in GB, parameters, shares, tokens/s and ms."""
+        names = {"budget_gb": "memory", "budget": "share", "max_params": "parameters", "max_kv_gb": "kv"}
+        names |= {"min_throughput": "throughput", "max_latency_ms": "request"}
+        found = {limit: wanted for name, limit in names.items() if (wanted := self._range(name)) is not None}
+        if self.max_latency_ms is not None and "," in str(self.max_latency_ms):
+            texts = str(self.max_latency_ms).split(",")
+            require(
+                "max_latency_ms", self.max_latency_ms, len(texts) == 2 and any(t.strip() for t in texts), '"TTFT,TPOT"'
+            )
+            parts = zip(("ttft", "tpot"), texts, strict=True)
+            found |= {limit: Range.parse(text, "--max-latency-ms") for limit, text in parts if text.strip()}
+        return found
+
+    def ranges_at(self, budget: float | None) -> dict[str, Range]:
+        """`ranges`, with a share of the parent as the memory budget where one is given (a member of a `sweep`)."""
+        return self.ranges if budget is None else {"share": Range(high=budget), **self.ranges}
+
+    @property
+    def shares(self) -> list[float]:
+        """The budgets of `sweep`, as shares, from the first to the last."""
+        try:
+            first, last, step = (float(text) for text in str(self.sweep).split(":"))
+        except ValueError:
+            raise ConfigError(
+                f"--sweep {self.sweep}: write FROM:TO:STEP in shares of the parent, such as 0.9:0.5:0.05"
+            ) from None
+        require(
+            "sweep",
+            self.sweep,
+            0 < last <= first <= 1 and step > 0,
+            "FROM:TO:STEP with 1 >= FROM >= TO > 0 and STEP > 0",
+        )
+        return [round(first - index * step, 9) for index in range(int((first - last) / step + 1e-6) + 1)]
 
 
 @dataclass(frozen=True)
@@ -124,7 +220,15 @@ ON_CPU: dict[str, dict[str, Any]] = {
     "data": {"fit_tokens": 8192, "calibration_tokens": 4096, "heldout_tokens": 8192, "train_tokens": 2_000_000},
     # Little text asks for a stronger hold on the parent's own matrices (benchmarks/priors.py).
     "score": {"exact_tokens": 512, "pseudo_tokens": 3000.0},
-    "search": {"verify": 2, "verify_tokens": 4096, "refit_pseudo_tokens": 10_000.0},
+    "search": {
+        "verify": 2,
+        "verify_tokens": 4096,
+        "refit_pseudo_tokens": 10_000.0,
+        "path_steps": 0,
+        "path_tokens": 2048,
+        "trials": 6,
+        "finalists": 1,
+    },
     "distill": {
         "tokens": 32_768,
         "batch_sequences": 4,
@@ -146,6 +250,11 @@ ON_GPU: dict[str, dict[str, Any]] = {
         "chunk_tokens": 4096,
     },
 }
+
+
+def flag(name: str) -> str:
+    """A setting as the option that sets it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def require(name: str, value: object, valid: bool, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""What a child costs in memory: weights + KV cache for a scenario + a stated reserve, in whole bytes.
+"""What a child costs: weights + KV cache for a scenario + a stated reserve, in whole bytes; with a clock, time too.
 
     bytes = parameters * weight bytes + batch * context * KV values per token * KV bytes + reserve
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape, as_built
 from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+
+if TYPE_CHECKING:
+    from nas.clock import Clock
 
 NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -74,7 +77,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one architecture in one scenario, by kind."""
+    """What one architecture costs in one scenario: bytes by kind and, with a clock, nanoseconds of a whole batch."""
 
     parameters: int
     fixed_bytes: int
@@ -82,6 +85,10 @@ class Cost:
     ffn_bytes: int
     kv_bytes: int
     reserve_bytes: int
+    ttft_ns: int | None = None
+    tpot_ns: int | None = None
+    request_ns: int | None = None
+    tokens_per_s: float | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -96,19 +103,72 @@ class Cost:
         return self.total_bytes / 1e9
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"weight_bytes": self.weight_bytes, "total_bytes": self.total_bytes, "gb": self.gb}
+        times = {
+            f"{name}_ms": None if ns is None else ns / 1e6
+            for name, ns in (("prefill", self.ttft_ns), ("decode", self.tpot_ns))
+        }
+        totals = {"weight_bytes": self.weight_bytes, "total_bytes": self.total_bytes, "gb": self.gb}
+        return asdict(self) | totals | times
+
+    def total(self, limit: str) -> int:
+        """By the name of a limit (nas/limits.py)."""
+        names = {"memory": "total_bytes", "kv": "kv_bytes", "parameters": "parameters"}
+        value = getattr(self, names.get(limit, f"{limit}_ns"))
+        assert value is not None, f"{limit} needs a clock"
+        return int(value)
 
 
 class CostModel:
-    """Prices layers and architectures of one parent in one scenario."""
+    """Prices layers and architectures of one parent in one scenario, in bytes and, with a clock, in time."""
 
-    def __init__(self, shape: ModelShape, scenario: Scenario) -> None:
-        self.shape, self.scenario = shape, scenario
+    def __init__(self, shape: ModelShape, scenario: Scenario, clock: Clock | None = None) -> None:
+        self.shape, self.scenario, self.clock = shape, scenario, clock
         self.weight_bytes = DTYPE_BYTES[scenario.weight_dtype]
         self.kv_bytes_per_value = scenario.batch * scenario.context * DTYPE_BYTES[scenario.kv_dtype]
 
     def layer_kv_bytes(self, layer: LayerSpec) -> int:
-        return self.shape.kv_values_per_token(layer.attention) * self.kv_bytes_per_value
+        """Of all GPUs together: where they are more than the KV heads, each holds one."""
+        heads = layer.attention.kv_heads
+        copies = -(-max(heads, self.scenario.tp) // heads) if heads else 1
+        return self.shape.kv_values_per_token(layer.attention) * copies * self.kv_bytes_per_value
+
+    def layer_total(self, limit: str, layer: LayerSpec) -> int:
+        """What one layer of a child takes of what a limit counts (nas/limits.py)."""
+        if limit == "memory":
+            return self.layer_bytes(layer)
+        if limit == "kv":
+            return self.layer_kv_bytes(layer)
+        if limit == "parameters":
+            shape, (built,) = as_built(self.shape, Architecture((layer,)))
+            return shape.layer_parameters(built)
+        return self._times(limit, self._clock.layer(layer))
+
+    def fixed_total(self, limit: str) -> int:
+        """What no choice changes of what a limit counts."""
+        known = {"memory": self.fixed_bytes, "kv": 0, "parameters": self.shape.fixed_parameters}
+        return known[limit] if limit in known else self._times(limit, self._clock.fixed)
+
+    @property
+    def _clock(self) -> Clock:
+        if self.clock is None:
+            raise ConfigError(
+                "limits of time need a clock: --clock profiles/NAME.json (made by `nas bench`) or a datasheet, --clock H100"
+            )
+        return self.clock
+
+    def _times(self, limit: str, times: Any) -> int:
+        whole = times.prefill_ns + self.scenario.output_tokens * times.decode_ns
+        return int({"ttft": times.prefill_ns, "tpot": times.decode_ns, "request": whole}[limit])
+
+    def tokens_per_s(self, request_ns: int) -> float:
+        """Generated tokens a second of a whole batch of requests."""
+        return self.scenario.batch * self.scenario.output_tokens / request_ns * 1e9
+
+    def divides(self, layer: LayerSpec) -> bool:
+        """Whether `tp` GPUs can share a layer: heads and channels divide, KV heads divide or are replicated."""
+        tp, heads = self.scenario.tp, layer.attention.kv_heads
+        queries = layer.attention.kind != "kv" or self.shape.num_attention_heads % tp == 0
+        return queries and (heads % tp == 0 or tp % heads == 0 if heads else True) and layer.ffn.width % tp == 0
 
     def layer_bytes(self, layer: LayerSpec) -> int:
         """Weights and KV cache of one layer of a child, as it is on disk."""
@@ -149,7 +209,18 @@ class CostModel:
             ffn_bytes=ffn * self.weight_bytes,
             kv_bytes=sum(self.layer_kv_bytes(layer) for layer in architecture),
             reserve_bytes=self.reserve_bytes,
+            **self._time(architecture),
         )
+
+    def _time(self, architecture: Architecture) -> dict[str, Any]:
+        if self.clock is None:
+            return {}
+        layers = [self.clock.layer(layer) for layer in architecture]
+        ttft, tpot, request = (
+            self.fixed_total(name) + sum(self._times(name, times) for times in layers)
+            for name in ("ttft", "tpot", "request")
+        )
+        return {"ttft_ns": ttft, "tpot_ns": tpot, "request_ns": request, "tokens_per_s": self.tokens_per_s(request)}
 
     def budget_for_share(self, share: float) -> int:
         """Bytes of the budget that keeps `share` of what can change: attention and FFN weights and KV cache."""
@@ -159,7 +230,7 @@ class CostModel:
     def formula(self, architecture: Architecture) -> str:
         """The budget formula filled in, in bytes, GB and GiB."""
         cost, s = self.cost(architecture), self.scenario
-        values = sum(self.shape.kv_values_per_token(layer.attention) for layer in architecture)
+        values = cost.kv_bytes // self.kv_bytes_per_value
         kv_bytes = DTYPE_BYTES[s.kv_dtype]
         return (
             f"weights {cost.parameters:,} x {self.weight_bytes} B = {cost.weight_bytes:,} B"

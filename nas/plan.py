@@ -308,18 +308,30 @@ def plan_score(
 
 def plan_search(config: SearchConfig, scenario: Scenario, shape: ModelShape, candidates: Any) -> dict[str, Any]:
     """Counts and bytes of `nas search`."""
-    pool = candidates.pool(1, 1)[0]
+    optimum = candidates.optimum()
     return {
         "stage": "search",
-        "budget_gb": candidates.budget_bytes / 1e9,
+        "limits": {b.name: {"low": b.low, "high": b.high} for b in candidates.bounds},
         "scenario": vars(scenario) | {},
         "candidates": sum(map(len, candidates.table)),
-        "children_to_measure": config.verify + 1,
+        "children_to_measure": config.trials,
+        "path_steps": config.path_steps,
+        "finalists": config.finalists,
+        "healing_tokens": sum(count * tokens for count, tokens in new_tokens(config.finalists, config.heal_tokens)),
         "verify_tokens": config.verify_tokens,
         "refit": config.refit,
-        "additive_optimum": pool.score,
+        "additive_optimum": optimum.score,
+        "binding": list(optimum.binding),
         "memory_gb": round(2 * shape.parameters(shape.parent_architecture) * FP32 / 1e9, 3),
     }
+
+
+def new_tokens(finalists: int, tokens: int) -> list[tuple[int, int]]:
+    """(finalists, tokens that each is healed on beyond the round before) of every round of successive halving."""
+    from nas.rungs import rungs
+
+    rounds = rungs(finalists, tokens)
+    return [(count, upto - before) for (count, upto), (_, before) in zip(rounds, [(0, 0), *rounds], strict=False)]
 
 
 def plan_distill(config: DistillConfig, shape: ModelShape, child_parameters: int) -> dict[str, Any]:

@@ -54,6 +54,13 @@ class Run:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and run `nas {stage}` again") from error
         return content
 
+    def read_if(self, name: str) -> Any:
+        """A JSON file of the run, or None if it is not there or not whole."""
+        try:
+            return json.loads(self.path(name).read_text())
+        except (OSError, ValueError):
+            return None
+
     def has(self, name: str) -> bool:
         return self.path(name).exists()
 

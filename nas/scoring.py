@@ -9,6 +9,9 @@ backward pass per label sample (activations only) score every candidate of every
     seq     1/2 E[(sum_t g_t . d_t)^2] / T per sequence: unbiased to second order, noisier
     fisher  1/2 sum_i E[g_ti^2] d_ti^2: the diagonal Fisher that is published for pruning; leaves out channels' correlation
 
+Around a child the gradient of KL(parent || child) is not zero, and the change of KL has a first-order term too (`first`):
+sum_t k_t . d_t / T, with k the exact gradient of the KL, carried back beside those of the labels.
+
 Where d is large the term is wrong: `nas.exact` checks and replaces it there.
 
 References: Puzzle, arXiv 2411.19146 (replace-one-block scores); Optimal Brain Damage (the second-order term); Theis et
@@ -48,8 +51,11 @@ def head_rows(head: Tensor) -> int:
 
 
 @torch.no_grad()
-def output_gradients(sweep: Sweep, last: Tensor, samples: int, seed: int, first_sequence: int = 0) -> Tensor:
-    """Gradients of log p(y) with respect to the stream leaving the last layer, y drawn from the parent: [N, S, K, D].
+def output_gradients(
+    sweep: Sweep, last: Tensor, samples: int, seed: int, first_sequence: int = 0, parent_hidden: Tensor | None = None
+) -> Tensor:
+    """Gradients of log p(y) with respect to the stream leaving the last layer, y drawn from the model's own distribution:
+    [N, S, K, D]; with `parent_hidden` one more, the last: that of KL(parent || model), summed over tokens.
 
     With z the normalised hidden states, grad_z log p(y) = W_y - sum_v p_v W_v; the final norm is differentiated by autograd.
     A label is drawn by its place in the text, so that neither batches nor ranks change it.
@@ -58,36 +64,43 @@ def output_gradients(sweep: Sweep, last: Tensor, samples: int, seed: int, first_
         last: the stream leaving the last layer [N, S, D].
         samples: K, labels for each token.
         seed, first_sequence: of the draw; the number of the first sequence among all.
+        parent_hidden: final hidden states of the parent on the same text [N, S, D], where `sweep` runs a child.
     """
     head, length = sweep.head, last.shape[1]
-    gradients = sweep.store.empty(*last.shape[:2], samples, last.shape[2], dtype=sweep.dtype)
+    slots = samples + (parent_hidden is not None)
+    gradients = sweep.store.empty(*last.shape[:2], slots, last.shape[2], dtype=sweep.dtype)
     step = max(1, head_rows(head) // length)
     batches = (slice(start, start + step) for start in range(0, len(last), step))
-    for batch, (h,) in sweep.store.read(batches, last):
+    streams = (last,) if parent_hidden is None else (last, parent_hidden)
+    for batch, (h, *own) in sweep.store.read(batches, *streams):
         numbers = range(first_sequence + batch.start, first_sequence + batch.start + len(h))
         draws = np.stack([np.random.Generator(np.random.Philox([seed, n])).random((length, samples)) for n in numbers])
         draw = torch.from_numpy(draws).to(sweep.device, torch.float32).flatten(0, 1)
-        found = torch.empty(len(h) * length, samples, h.shape[2], dtype=sweep.dtype, device=sweep.device)
-        flat = h.flatten(0, 1)
+        found = torch.empty(len(h) * length, slots, h.shape[2], dtype=sweep.dtype, device=sweep.device)
+        flat, parents = h.flatten(0, 1), [hidden.flatten(0, 1) for hidden in own]
         for start in range(0, len(flat), head_rows(head)):
             rows = slice(start, start + head_rows(head))
-            found[rows] = _label_gradients(sweep, head, flat[rows], draw[rows])
-        sweep.store.write(gradients, batch, found.view(len(h), length, samples, -1))
+            found[rows] = _label_gradients(sweep, head, flat[rows], draw[rows], *(hidden[rows] for hidden in parents))
+        sweep.store.write(gradients, batch, found.view(len(h), length, slots, -1))
     return gradients
 
 
-def _label_gradients(sweep: Sweep, head: Tensor, stream: Tensor, draw: Tensor) -> Tensor:
-    """For tokens [T, D] and uniform draws [T, K]: gradients [T, K, D]."""
+def _label_gradients(sweep: Sweep, head: Tensor, stream: Tensor, draw: Tensor, parent: Tensor | None = None) -> Tensor:
+    """For tokens [T, D] and uniform draws [T, K]: gradients [T, K, D], and that of the KL to a parent if given."""
     with torch.enable_grad():
         stream = stream.detach().float().requires_grad_()
         hidden = sweep.finish(stream)
     p = torch.softmax((hidden.detach() @ head.T).float(), dim=-1)
     expected = p.to(head.dtype) @ head
+    goals = []
+    if parent is not None:
+        goals.append(expected - torch.softmax((parent @ head.T).float(), dim=-1).to(head.dtype) @ head)
     cumulative = p.cumsum(-1)
     labels = torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp_max(len(head) - 1)
+    goals = [head[labels[:, k]] - expected for k in range(draw.shape[1])] + goals
     gradients = []
-    for k in range(draw.shape[1]):
-        (gradient,) = torch.autograd.grad(hidden, stream, head[labels[:, k]] - expected, retain_graph=True)
+    for goal in goals:
+        (gradient,) = torch.autograd.grad(hidden, stream, goal.to(hidden.dtype), retain_graph=True)
         gradients.append(gradient)
     return torch.stack(gradients, dim=1)
 
@@ -174,6 +187,7 @@ def one_pass_scores(
     stream: Tensor,
     gradients: Tensor,
     estimators: Sequence[str] = ("tok", "seq"),
+    around: tuple[LayerSpec, Weights] | None = None,
 ) -> dict[str, Tensor]:
     """Scores candidates of one layer and carries the gradients to its input.
 
@@ -182,25 +196,30 @@ def one_pass_scores(
         specs: which of them to score; may be empty, then only the gradients move.
         stream: the parent's stream entering the layer [N, S, D].
         gradients: at the layer's output [N, S, K, D]; overwritten with those at its input.
-        estimators: which of them.
+        estimators: which of them; "first" needs the gradient of the KL as the last one.
+        around: the candidate that stands there in a child and its present tensors (refitted, say), where the sweep runs a
+            child. Changes are then counted from that candidate as the library has it, so that it scores 0 itself, and
+            gradients pass through the present tensors.
 
     Returns:
         For each estimator, nats per token of each candidate and sequence [specs, N].
     """
     scores = {name: torch.zeros(len(specs), len(stream), device=sweep.device) for name in estimators}
     math = sweep.math(stream.shape[1])
+    present = library.parent if around is None else around[1]
     with torch.no_grad():
-        parent = _added(sweep, library.parent, stream) if specs else stream
+        own = library.parent if around is None else library.layer_weights(around[0])
+        parent = _added(sweep, own, stream) if specs else stream
         for group in CandidateOutputs(library, specs).groups():
             for batch, (h, added, g) in sweep.read(stream, parent, gradients):
                 for rows, changes in _changes(group, h, added, math, sweep.dtype):
                     for name, values in _estimate(estimators, changes, g).items():
                         scores[name][rows, batch] = values
             del group  # before the tensors of the next one come to the device
-    for batch, (h, g) in sweep.read(stream, gradients):
+    for batch, (h, g) in sweep.read(stream, gradients) if present else ():  # an empty layer passes them on as they are
         with torch.enable_grad():
             h = h.detach().float().requires_grad_()
-            output = layer_forward(library.parent, h, math)
+            output = layer_forward(present, h, math)
         moved = torch.empty_like(g)
         for k in range(g.shape[2]):
             (moved[:, :, k],) = torch.autograd.grad(output, h, g[:, :, k].to(output.dtype), retain_graph=True)
@@ -237,6 +256,9 @@ def _changes(
 def _estimate(estimators: Sequence[str], changes: Tensor, gradients: Tensor) -> dict[str, Tensor]:
     """Changes [B, S, C, D] and gradients [B, S, K, D] -> scores [C, B] by estimator."""
     found: dict[str, Tensor] = {}
+    if "first" in estimators:
+        gradients, of_kl = gradients[:, :, :-1], gradients[:, :, -1:]
+        found["first"] = torch.matmul(changes, of_kl.mT).float().mean((1, 3)).T
     if "tok" in estimators or "seq" in estimators:
         u = torch.matmul(changes, gradients.mT).float()  # [B, S, C, K]
         found["tok"] = u.pow(2).mean((1, 3)).T / 2

@@ -1,230 +1,401 @@
-"""`nas search`: the architecture that fits the budget and hurts least, and its child before healing.
+"""`nas search`: the architecture that meets the limits and hurts least, and its child before healing.
 
-The additive problem (sum of scores, sum of bytes) is solved exactly; the best few of its solutions are assembled,
-refitted and measured by true KL on calibration text, beside the uniform baseline; the best measured one is written.
+    1. the additive problem (sum of scores under every limit), solved to proven optimality; diverse near-optima
+    2. baselines: uniform, depth only (two kinds), random
+    3. the path: from the parent to the budget in steps, scored again around each child
+    4. all of them assembled, refitted and measured by true KL, in an Optuna study that many workers may share; around the best
+       one, candidates are scored again, and a sampler proposes what else to measure
+    5. diverse finalists are healed a little, and the one that heals best is the child
+
+What is done is in the run directory (study.journal, path.json, finalists/), so a search that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from optuna.trial import FrozenTrial, TrialState
 
-from blocks.errors import CheckpointError, InfeasibleBudgetError
+from blocks.errors import CheckpointError
 from blocks.files import remove_directory, save_json
 from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.shape import ModelShape
-from blocks.spec import Architecture, LayerSpec
-from nas.assemble import Assembler, Child
+from blocks.spec import Architecture
+from distill.config import DistillConfig
+from nas.additive import Candidates
+from nas.assemble import Assembler
+from nas.baselines import BASELINES, baselines
+from nas.clock import Clock, load_clock
 from nas.config import SearchConfig, to_dict
 from nas.costs import CostModel, Scenario
 from nas.data import load_pack, to_tokens
 from nas.engine import make_sweep
+from nas.finalists import ShortHeals, choose_finalists, short, variants
+from nas.limits import UNITS, bounds_of
 from nas.measure import measure
+from nas.path import Rescoring, Step, around, walk
 from nas.progress import Reporter
 from nas.run import Run, digest
+from nas.samplers import make_sampler
 from nas.score import build_again
-from nas.solve import Problem, Solution, solve_pool
-from nas.study import Ledger
-from nas.table import ScoreRow, load_table
+from nas.solve import Solution
+from nas.study import Ledger, architecture_of
+from nas.table import load_table
+from nas.trials import Trials, origin_of, pruner
+
+FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune")
+"""Settings that another search with the same ledger may change: they say what is measured, not what comes out."""
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The score table as the additive problem of one budget."""
+def load_candidates(
+    run: Run, shape: ModelShape, config: SearchConfig, scenario: Scenario, budget: float | None = None
+) -> Candidates:
+    """The run's score table under the limits of a configuration (and a share of the parent instead of its budget).
 
-    table: list[list[ScoreRow]]
-    costs: CostModel
-    budget_bytes: int
-
-    @property
-    def specs(self) -> list[list[LayerSpec]]:
-        return [[row.spec for row in rows] for rows in self.table]
-
-    def problem(self) -> Problem:
-        return Problem(
-            scores=[[row.score for row in rows] for rows in self.table],
-            costs=[[self.costs.layer_bytes(spec) for spec in specs] for specs in self.specs],
-            limit=self.budget_bytes - self.costs.fixed_bytes,
-        )
-
-    def architecture(self, choice: Sequence[int]) -> Architecture:
-        return Architecture(tuple(specs[c] for specs, c in zip(self.specs, choice, strict=True)))
-
-    def predicted(self, architecture: Architecture) -> float:
-        """Sum of the scores: the additive prediction of the child's KL."""
-        return sum(
-            next(row.score for row in rows if row.spec == spec)
-            for rows, spec in zip(self.table, architecture, strict=True)
-        )  # fmt: skip
-
-    def pool(self, size: int, distance: int) -> list[Solution]:
-        """The exact optimum first. Raises InfeasibleBudgetError with the smallest budget and what binds."""
-        try:
-            return solve_pool(self.problem(), size, distance)
-        except InfeasibleBudgetError:
-            raise self._infeasible() from None
-
-    def uniform(self) -> Architecture | None:
-        """The same candidate in every layer, no skips: of those within the budget, the one with the least total score."""
-        fitting: list[tuple[float, Architecture]] = []
-        for spec in self.specs[0]:
-            everywhere = all(spec in specs for specs in self.specs)
-            if "skip" in (spec.attention.kind, spec.ffn.kind) or not everywhere:
-                continue
-            architecture = Architecture.uniform(len(self.table), spec)
-            if self.costs.cost(architecture).total_bytes <= self.budget_bytes:
-                fitting.append((self.predicted(architecture), architecture))
-        return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
-
-    def _infeasible(self) -> InfeasibleBudgetError:
-        problem, fixed = self.problem(), self.costs.fixed_bytes
-        smallest = problem.smallest_cost + fixed
-        cheapest = [min(specs, key=self.costs.layer_bytes) for specs in self.specs]
-        kv = sum(self.costs.layer_kv_bytes(spec) for spec in cheapest)
-        parts = {
-            "embeddings, head and final norm": fixed - self.costs.reserve_bytes,
-            "the reserve": self.costs.reserve_bytes,
-            "the KV cache of the smallest layers": kv,
-            "the weights of the smallest layers": problem.smallest_cost - kv,
-        }
-        binding = max(parts, key=lambda name: parts[name])
-        sizes = ", ".join(f"{name} {size / 1e9:.4f} GB" for name, size in parts.items())
-        scenario = self.costs.scenario
-        parent = self.costs.cost(self.costs.shape.parent_architecture).total_bytes
-        share = -(-(smallest - fixed) * 10_000 // (parent - fixed)) / 10_000
-        message = (
-            f"no child of this space fits {self.budget_bytes / 1e9:.4f} GB: the smallest takes {_up(smallest)} GB ({sizes}); "
-            f"what binds is {binding}. Raise --budget-gb to {_up(smallest)} (--budget to {share:.4f}) or more, or lower --batch {scenario.batch} or "
-            f"--context {scenario.context}, or use a wider --space"
-        )
-        return InfeasibleBudgetError(message, smallest / 1e9, binding)
-
-
-def _how_measured(config: SearchConfig) -> dict[str, Any]:
-    """What the true KL of a child depends on: how many are measured does not matter."""
-    return {name: value for name, value in to_dict(config).items() if name not in ("verify", "distance")}
-
-
-def _up(size: int) -> str:
-    """Bytes as GB, rounded up in the fourth digit."""
-    return f"{-(-size // 100_000) / 10_000:.4f}"
-
-
-def load_candidates(run: Run, shape: ModelShape, config: SearchConfig, scenario: Scenario) -> Candidates:
-    """The run's score table under a budget. Raises CheckpointError if it is of another parent."""
+    Raises CheckpointError if it is of another parent, ConfigError for limits that contradict each other or lack a clock.
+    """
     table = load_table(run.path("scores.csv"))
     if len(table) != shape.num_hidden_layers:
         raise CheckpointError(
             f"{run.path('scores.csv')} has {len(table)} layers, the parent {shape.num_hidden_layers}; run `nas score` again"
         )
-    costs = CostModel(shape, scenario)
-    if config.budget_gb is not None:
-        budget = round(config.budget_gb * 1e9)  # int() would lose a byte of 0.0157 GB
-    else:
-        assert config.budget is not None
-        budget = costs.budget_for_share(config.budget)
-    return Candidates(table, costs, budget)
+    costs = CostModel(shape, scenario, load_search_clock(shape, config, scenario))
+    return Candidates.of(table, costs, bounds_of(config.ranges_at(budget), costs))
+
+
+def load_search_clock(shape: ModelShape, config: SearchConfig, scenario: Scenario) -> Clock | None:
+    return None if config.clock is None else load_clock(config.clock, shape, scenario)
 
 
 def run_search(
-    run: Run, parent: Parent, config: SearchConfig, scenario: Scenario, device: torch.device, reporter: Reporter
+    run: Run,
+    parent: Parent,
+    config: SearchConfig,
+    scenario: Scenario,
+    device: torch.device,
+    reporter: Reporter,
+    healing: DistillConfig | None = None,
 ) -> dict[str, Any]:
     """Does what is missing of `nas search` and returns what it wrote to architecture.json."""
-    started = time.perf_counter()
-    candidates = load_candidates(run, parent.shape, config, scenario)
-    key_parts = {"search": to_dict(config), "scenario": asdict(scenario), "scores": run.path("scores.csv").read_text()}
-    key = digest(key_parts)
-    if run.has("architecture.json") and run.has("child/config.json"):
-        done = run.read("architecture.json", "search")
-        if done.get("key") == key:
-            reporter.say(f"This search was done already: {run.path('architecture.json')}")
-            return done
-    pool = candidates.pool(config.verify, config.distance)
-    proposals = [("pool", candidates.architecture(solution.choice)) for solution in pool]
-    if (uniform := candidates.uniform()) is not None:
-        proposals.append(("uniform", uniform))
-
-    build_again(run, parent, device, reporter, [architecture for _, architecture in proposals])
-    sweep = make_sweep(parent, device)
-    data = run.path("data")
-    assembler = Assembler(
-        sweep=sweep,
-        library=BlockLibrary(run.path("library")),
-        fit_tokens=to_tokens(load_pack(data / "fit.npy"), None, device),
-        verify_tokens=to_tokens(load_pack(data / "calibration.npy"), config.verify_tokens, device),
-        pseudo_tokens=config.refit_pseudo_tokens if config.refit else None,
-        reporter=reporter,
-    )
-    measured_with = digest(key_parts | {"search": _how_measured(config)})
-    ledger = Ledger(run.path("study.journal"), f"search-{measured_with}", candidates.specs, candidates.budget_bytes)
-    trials, children = _measure(candidates, proposals, assembler, ledger, reporter)
-    best = children["child"]
-    for name, child in children.items():
-        assembler.write(child, run.path(name), scenario.weight_dtype)
-        run.path("architecture.json").unlink(missing_ok=True)  # of an earlier search, whose child is gone now
-    if uniform is None and run.has("uniform"):
-        remove_directory(run.path("uniform"))
-    directories = {name: run.path(name) for name in children}
-    heldout = measure(parent, directories, load_pack(data / "heldout.npy"), device, reporter)
-    result = {
-        "key": key,
-        "parent": run.config.parent,
-        "fingerprint": run.fingerprint,
-        "budget_bytes": candidates.budget_bytes,
-        "budget_gb": candidates.budget_bytes / 1e9,
-        "scenario": asdict(scenario),
-        "formula": candidates.costs.formula(best.architecture),
-        "cost": candidates.costs.cost(best.architecture).to_json(),
-        "parent_cost": candidates.costs.parent_cost().to_json(),
-        "uniform_cost": None if uniform is None else candidates.costs.cost(uniform).to_json(),
-        "predicted_kl": candidates.predicted(best.architecture),
-        "optimum": {"score": pool[0].score, "bound": pool[0].bound},
-        "layers": best.architecture.to_list(),
-        "uniform_layers": None if uniform is None else uniform.to_list(),
-        "trials": trials,
-        "heldout": heldout,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    save_json(run.path("architecture.json"), result)
-    return result
+    search = Search(run, parent, config, scenario, device, reporter, healing or DistillConfig())
+    if (done := search.done) is not None:
+        reporter.say(f"This search was done already: {run.path('architecture.json')}")
+        return done
+    return search.run_all()
 
 
-def _measure(
-    candidates: Candidates,
-    proposals: list[tuple[str, Architecture]],
-    assembler: Assembler,
-    ledger: Ledger,
-    reporter: Reporter,
-) -> tuple[list[dict[str, Any]], dict[str, Child]]:
-    """True KL of every proposal, remembered in the ledger; the best of all ("child") and the uniform one, assembled."""
-    trials: list[dict[str, Any]] = []
-    kept: dict[str, tuple[Architecture, Child | None]] = {}
-    for number, (origin, architecture) in enumerate(proposals, 1):
-        name = f"{origin} {number} of {len(proposals)}"
-        total = candidates.costs.cost(architecture).total_bytes
-        assert total <= candidates.budget_bytes
-        predicted = candidates.predicted(architecture)
-        kl, child = ledger.value(architecture), None
-        if kl is None:
-            child = assembler.assemble(architecture, name)
-            kl = assembler.true_kl(child)
-            ledger.record(architecture, origin, kl, total, predicted)
-        reporter.say(f"  {name}: {total / 1e9:.4f} GB, predicted KL {predicted:.4f}, true KL {kl:.4f}")
-        if kl < min((trial["kl"] for trial in trials), default=float("inf")):
-            kept["child"] = architecture, child
-        if origin == "uniform":
-            kept["uniform"] = architecture, child
-        trials.append({"name": name, "origin": origin, "kl": kl, "predicted_kl": predicted, "total_bytes": total})
-    if min(trials, key=lambda trial: trial["kl"])["origin"] == "uniform":
-        reporter.say(
-            "  warning: the uniform baseline is the best child measured; try more --verify or calibration text"
+@dataclass
+class Search:
+    """One search of one run.
+
+    Attributes:
+        budget, start, where: of a member of a family: its share of the parent, the child that its path starts from, and
+            the directory within the run that it is written to.
+    """
+
+    run: Run
+    parent: Parent
+    config: SearchConfig
+    scenario: Scenario
+    device: torch.device
+    reporter: Reporter
+    healing: DistillConfig
+    budget: float | None = None
+    start: Architecture | None = None
+    where: str = "."
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+        self.candidates = load_candidates(self.run, self.parent.shape, self.config, self.scenario, self.budget)
+        self.warnings: list[str] = []
+
+    # ---- what it is called
+
+    @cached_property
+    def _made_from(self) -> dict[str, Any]:
+        limits = {bound.name: [bound.low, bound.high] for bound in self.candidates.bounds}
+        scores = self.run.path("scores.csv").read_text()
+        return {"scenario": asdict(self.scenario), "scores": scores, "limits": limits}
+
+    @cached_property
+    def key(self) -> str:
+        healing = to_dict(short(self.healing, self.config.heal_tokens)) if self.config.finalists > 1 else None
+        start = None if self.start is None else self.start.to_list()
+        return digest(self._made_from, to_dict(self.config), healing, start)
+
+    @cached_property
+    def study_name(self) -> str:
+        """The same for all settings that measure the same children alike."""
+        measured_with = {name: value for name, value in to_dict(self.config).items() if name not in FREE}
+        return f"search-{digest(self._made_from, measured_with)}"
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What an earlier call of this very search wrote."""
+        if not (self.run.has(f"{self.where}/architecture.json") and self.run.has(f"{self.where}/child/config.json")):
+            return None
+        found = self.run.read(f"{self.where}/architecture.json", "search")
+        return found if found.get("key") == self.key else None
+
+    # ---- stages
+
+    def run_all(self) -> dict[str, Any]:
+        """Every stage, each resumable."""
+        optimum = self.candidates.optimum()
+        trials = self.begin(optimum)
+        trials.run()
+        self.walk_path(trials)
+        self.look_around(trials)
+        trials.run(self.config.trials)
+        chosen, finalists = self.choose(trials)
+        return self.write(optimum, trials, chosen, finalists)
+
+    def begin(self, optimum: Solution) -> Trials:
+        """Opens the ledger and queues what is known before anything is measured."""
+        sampler = make_sampler(self.config.sampler, self.candidates, self.config.seed)
+        storage = self.config.storage or self.run.path("study.journal")
+        ledger = Ledger(storage, self.study_name, self.candidates.specs, sampler, pruner(self.config.prune))
+        trials = Trials(self.candidates, self.assembler, ledger, self.reporter, self.config.prune)
+        wanted = [("optimum", self.candidates.architecture(optimum.choice))]
+        wanted += list(self.baselines.items())
+        pool = self.candidates.pool(self.config.verify, self.config.distance)[1:]
+        wanted += [("pool", self.candidates.architecture(solution.choice)) for solution in pool]
+        if self.config.finalists > 1:
+            wanted += list(variants(self.candidates, optimum).items())
+        for origin, architecture in wanted:
+            ledger.queue(architecture, origin)
+        self._build([architecture for _, architecture in wanted])  # all in one sweep
+        return trials
+
+    def walk_path(self, trials: Trials) -> None:
+        """The path, step by step into path.json, and its last child into the queue."""
+        if not self.config.path_steps:
+            return
+        if not self.has_library:
+            self.reporter.say("  no path: it needs the block library on disk (`nas score --library keep`)")
+            return
+        steps = self.path
+        with self.reporter.bar("Path to the limits", self.config.path_steps) as (bar, task):
+            bar.update(task, completed=len(steps))
+            walking = walk(
+                self.assembler, self.candidates, self.config.path_steps, self.rescoring, self.path_start, steps
+            )
+            for step in walking:
+                steps = [*steps, step]
+                rows = [{**asdict(step), "architecture": None, "layers": step.architecture.to_list()} for step in steps]
+                save_json(
+                    self.run.path(f"{self.where}/path.json"),
+                    {"study": self.study_name, "start": self.path_start.to_list(), "steps": rows},
+                )
+                bar.update(task, completed=len(steps), note=f"KL {step.kl:.4f}, {step.predicted:.4f} foreseen")
+        if steps and self.candidates.allows(steps[-1].architecture):
+            trials.ledger.queue(steps[-1].architecture, "path")
+            trials.run()
+
+    @property
+    def path_start(self) -> Architecture:
+        return self.start or self.parent.shape.parent_architecture
+
+    @property
+    def path(self) -> list[Step]:
+        """The steps of the path that are done."""
+        if not self.run.has(f"{self.where}/path.json"):
+            return []
+        found = self.run.read(f"{self.where}/path.json", "search")
+        if (found.get("study"), found.get("start")) != (self.study_name, self.path_start.to_list()):
+            return []
+        steps = [
+            Step(row["progress"], Architecture.from_list(row["layers"]), row["predicted"], row["kl"])
+            for row in found["steps"]
+        ]
+        return (
+            steps if all(abs(s.progress - (n + 1) / self.config.path_steps) < 1e-9 for n, s in enumerate(steps)) else []
         )
-    # What an earlier session measured is assembled again, to the same weights.
-    return trials, {
-        name: child or assembler.assemble(architecture, f"the {name}") for name, (architecture, child) in kept.items()
+
+    def look_around(self, trials: Trials) -> None:
+        """Scores the candidates again around the best child and measures what they lead to, until that is no better."""
+        if not (self.config.path_steps and self.has_library):
+            return
+        looked_at: set[int] = set()
+        while (best := trials.best()) is not None and best.number not in looked_at:
+            begun = len(trials.ledger.trials)
+            if begun >= self.config.trials:
+                return
+            looked_at.add(best.number)
+            for architecture, _ in around(
+                self.assembler, self.candidates, architecture_of(best.params), self.rescoring
+            ):
+                trials.ledger.queue(architecture, "around")
+            trials.run()
+
+    def choose(self, trials: Trials) -> tuple[FrozenTrial, list[dict[str, Any]]]:
+        """The child: the best by true KL or, with finalists, the one that heals best."""
+        best = trials.best()
+        assert best is not None  # the optimum is measured first
+        if origin_of(best) in BASELINES:
+            self._warn(
+                f"the {origin_of(best)} baseline is the best child measured; score on more text, or raise --trials"
+            )
+        if self.config.finalists == 1:
+            return best, []
+        finalists = choose_finalists(trials, self.config.finalists)
+        heals = ShortHeals(
+            self.run,
+            self.parent,
+            self.assembler,
+            self.scenario.weight_dtype,
+            short(self.healing, self.config.heal_tokens),
+            self.device,
+            self.reporter,
+        )
+        chosen, told = heals.choose(finalists)
+        heals.clear()
+        return chosen.trial, told
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.reporter.say(f"  warning: {message}")
+
+    def _build(self, architectures: Collection[Architecture]) -> None:
+        """Candidates of these children that are not on disk (`nas score --library rebuild`)."""
+        build_again(self.run, self.parent, self.device, self.reporter, architectures)
+
+    @cached_property
+    def has_library(self) -> bool:
+        """Whether every candidate is on disk; scores around a child need them all."""
+        return all(self.assembler.library.has(index) for index in self.parent.shape.layers)
+
+    @cached_property
+    def baselines(self) -> dict[str, Architecture]:
+        return baselines(self.candidates, self.config.seed)
+
+    @cached_property
+    def assembler(self) -> Assembler:
+        data, device = self.run.path("data"), self.device
+        return Assembler(
+            sweep=make_sweep(self.parent, device),
+            library=BlockLibrary(self.run.path("library")),
+            fit_tokens=to_tokens(load_pack(data / "fit.npy"), None, device),
+            verify_tokens=to_tokens(load_pack(data / "calibration.npy"), self.config.verify_tokens, device),
+            pseudo_tokens=self.config.refit_pseudo_tokens if self.config.refit else None,
+            reporter=self.reporter,
+            build=lambda architecture: self._build([architecture]),
+        )
+
+    @cached_property
+    def rescoring(self) -> Rescoring:
+        score = self.run.config.score
+        dtype = getattr(torch, score.compute_dtype)
+        return Rescoring(self.config.path_tokens, score.label_samples, dtype, self.config.seed)
+
+    # ---- results
+
+    def write(
+        self, optimum: Solution, trials: Trials, chosen: FrozenTrial, finalists: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Writes the child, the uniform baseline and architecture.json."""
+        architecture, costs = architecture_of(chosen.params), self.candidates.costs
+        children = {"child": architecture}
+        if (uniform := self.baselines.get("uniform")) is not None:
+            children["uniform"] = uniform
+        elif self.run.has(f"{self.where}/uniform"):
+            remove_directory(self.run.path(f"{self.where}/uniform"))
+        for name, wanted in children.items():
+            child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "")
+            self.assembler.write(child, self.run.path(f"{self.where}/{name}"), self.scenario.weight_dtype)
+            self.run.path(f"{self.where}/architecture.json").unlink(
+                missing_ok=True
+            )  # of an earlier search, whose child is gone now
+        directories = {name: self.run.path(f"{self.where}/{name}") for name in children}
+        pack = load_pack(self.run.path("data") / "heldout.npy")
+        heldout = measure(self.parent, directories, pack, self.device, self.reporter)
+        clock = costs.clock
+        memory = next((bound for bound in self.candidates.bounds if bound.name == "memory"), None)
+        budget = None if memory is None else memory.high
+        result = {
+            "key": self.key,
+            "parent": self.run.config.parent,
+            "fingerprint": self.run.fingerprint,
+            "shape": asdict(self.parent.shape),
+            "scenario": asdict(self.scenario)
+            | {"prompt": self.scenario.prompt_tokens, "output": self.scenario.output_tokens},
+            "limits": {
+                bound.name: {"low": bound.low, "high": bound.high, "unit": UNITS[bound.name]}
+                for bound in self.candidates.bounds
+            },
+            "clock": None
+            if clock is None
+            else {"name": clock.name, "device": clock.device, "estimate": clock.estimate},
+            "budget_bytes": budget,
+            "budget_gb": None if budget is None else budget / 1e9,
+            "formula": costs.formula(architecture),
+            "cost": costs.cost(architecture).to_json(),
+            "parent_cost": costs.parent_cost().to_json(),
+            "uniform_cost": None if uniform is None else costs.cost(uniform).to_json(),
+            "predicted_kl": self.candidates.predicted(architecture),
+            "optimum": {
+                "score": optimum.score,
+                "bound": optimum.bound,
+                "gap": optimum.gap,
+                "binding": list(optimum.binding),
+                "prices": optimum.prices,
+            },
+            "layers": architecture.to_list(),
+            "uniform_layers": None if uniform is None else uniform.to_list(),
+            "kl": chosen.value,
+            "kl_se": chosen.user_attrs.get("kl_se"),
+            "origin": origin_of(chosen),
+            "trials": [_told(trial) for trial in trials.ledger.finished],
+            "baselines": self._baselines(trials),
+            "path": [self._step(step) for step in self.path],
+            "finalists": finalists,
+            "heldout": heldout,
+            "warnings": self.warnings,
+            "seconds": round(time.perf_counter() - self.started, 1),
+        }
+        save_json(self.run.path(f"{self.where}/architecture.json"), result)
+        return result
+
+    def _baselines(self, trials: Trials) -> dict[str, Any]:
+        told = {}
+        for name, architecture in self.baselines.items():
+            trial = trials.ledger.trial_of(architecture)
+            measured = {} if trial is None else {"kl": trial.value, "kl_se": trial.user_attrs.get("kl_se")}
+            cost = self.candidates.costs.cost(architecture).to_json()
+            told[name] = {"layers": architecture.to_list(), "cost": cost, **measured}
+        return told
+
+    def _step(self, step: Step) -> dict[str, Any]:
+        total = self.candidates.costs.cost(step.architecture).total_bytes
+        layers = step.architecture.to_list()
+        return {
+            "progress": step.progress,
+            "budget_bytes": total,
+            "predicted_kl": step.predicted,
+            "kl": step.kl,
+            "layers": layers,
+        }
+
+
+def _told(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial for architecture.json."""
+    facts = trial.user_attrs
+    return {
+        "number": trial.number,
+        "origin": origin_of(trial),
+        "state": "complete" if trial.state == TrialState.COMPLETE else "pruned",
+        "kl": trial.value if trial.state == TrialState.COMPLETE else facts.get("kl_so_far"),
+        "kl_se": facts.get("kl_se"),
+        "predicted_kl": facts.get("predicted_kl"),
+        "total_bytes": facts.get("total_bytes"),
+        "parameters": facts.get("parameters"),
+        "tokens_per_s": facts.get("tokens_per_s"),
+        "within": all(value <= 0 for value in trial.constraints.values()),
+        "layers": architecture_of(trial.params).to_list(),
     }

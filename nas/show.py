@@ -12,6 +12,7 @@ from rich.text import Text
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, AttentionSpec, FFNSpec
 from nas.costs import CostModel, Scenario
+from nas.limits import UNITS, in_words
 from nas.run import Run
 from nas.table import load_table
 
@@ -30,7 +31,7 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
         found = run.read("architecture.json", "search")
         costs = CostModel(shape, Scenario(**found["scenario"]))
         console.print(architecture_map(Architecture.load(run.path("architecture.json")), costs, console.width))
-        console.print(budget_lines(found))
+        console.print(limit_lines(found))
         healed = run.read("results.json", "distill") if run.has("results.json") else {}
         # Results of an earlier search stay until the new child is healed; they are not this child's.
         console.print(results(healed) if healed.get("search") == found["key"] else search_table(found))
@@ -110,20 +111,76 @@ def _cell(label: str, share: float) -> tuple[str, str]:
     return f"{label:^5}", f"white on {colour}"
 
 
-def budget_lines(found: dict[str, Any]) -> RenderableType:
-    """The budget, the formula with its numbers, and how the search ended."""
-    cost, parent = found["cost"], found["parent_cost"]
-    best = min(found["trials"], key=lambda trial: trial["kl"])
-    fixed = cost["fixed_bytes"] + cost["reserve_bytes"]
-    share = (found["budget_bytes"] - fixed) / (parent["total_bytes"] - fixed)
-    return Text(
-        f"budget  {found['budget_bytes']:,} B = {found['budget_gb']:.4f} GB = {found['budget_bytes'] / 2**30:.4f} GiB, "
-        f"{share:.1%} of the parent's attention, FFN and KV cache\n"
-        f"child   {found['formula']}\n"
-        f"parent  {parent['total_bytes']:,} B = {parent['gb']:.4f} GB; the child keeps {cost['total_bytes'] / parent['total_bytes']:.1%} of all\n"
-        f"search  additive optimum {found['optimum']['score']:.4f}, proven bound {found['optimum']['bound']:.4f}; "
-        f"best child predicted {best['predicted_kl']:.4f}, true KL {best['kl']:.4f} on calibration text"
+def search_lines(found: dict[str, Any], width: int) -> RenderableType:
+    """A search on the terminal: the map, the limits and how it ended, the table."""
+    parts: list[RenderableType] = []
+    if "shape" in found:
+        costs = CostModel(ModelShape(**found["shape"]), Scenario(**found["scenario"]))
+        parts.append(architecture_map(Architecture.from_list(found["layers"]), costs, width))
+    else:
+        parts.append(Text("  ".join(found["layers"])))
+    parts.append(limit_lines(found))
+    if "heldout" in found:
+        parts.append(search_table(found))
+    return Group(*parts)
+
+
+def limit_lines(found: dict[str, Any]) -> RenderableType:
+    """Every limit with what the child takes of it, the formula with its numbers, and how the search ended."""
+    cost, optimum = found["cost"], found["optimum"]
+    estimate = " (estimate)" if (found.get("clock") or {}).get("estimate") else ""
+    lines = []
+    for name, limit in found["limits"].items():
+        total, parent = cost_of(name, cost), cost_of(name, found["parent_cost"])
+        ends = [f"at least {in_words(name, limit['low'])}"] if limit["low"] is not None else []
+        ends += [f"at most {in_words(name, limit['high'])}"] if limit["high"] is not None else []
+        price = optimum["prices"].get(name, 0.0)
+        binds = f"; binds: {_price(name, price)}" if name in optimum["binding"] else ""
+        about = estimate if limit["unit"] == "ns" else ""
+        lines.append(
+            f"{name:<11}{' and '.join(ends)}; child {in_words(name, total)}{about}, {total / parent:.1%} of the parent's {in_words(name, parent)}{binds}"
+        )
+    lines.append(f"{'child':<11}{found['formula']}")
+    if cost.get("tokens_per_s"):
+        faster = cost["tokens_per_s"] / found["parent_cost"]["tokens_per_s"]
+        lines.append(
+            f"{'speed':<11}first token {cost['prefill_ms']:.1f} ms, then {cost['decode_ms']:.2f} ms a token, {cost['tokens_per_s']:,.0f} tokens/s, "
+            f"{faster:.2f} times the parent's, by {found['clock']['name']}{estimate}"
+        )
+    lines.append(
+        f"{'search':<11}additive optimum {optimum['score']:.4f}, proven bound {optimum['bound']:.4f}, gap {optimum['gap']:.2g}"
     )
+    if found.get("kl") is not None:
+        error = f" +- {found['kl_se']:.4f}" if found.get("kl_se") is not None else ""
+        lines.append(
+            f"{'':<11}child from {found['origin']}: predicted {found['predicted_kl']:.4f}, true KL {found['kl']:.4f}{error} on calibration text, "
+            f"best of {len(found['trials'])} measured"
+        )
+    lines += [f"warning    {warning}" for warning in found.get("warnings", [])]
+    return Text("\n".join(lines))
+
+
+def _price(name: str, price: float) -> str:
+    """A shadow price for people: nats that a little more would save."""
+    unit, factor = {"bytes": ("GB", 1e9), "ns": ("ms", 1e6)}.get(UNITS[name], ("million", 1e6))
+    return f"one {unit} more would save {price * factor:.3g} nats"
+
+
+def cost_of(limit: str, cost: dict[str, Any]) -> float:
+    """What a limit counts, out of a cost as JSON."""
+    names = {"memory": "total_bytes", "kv": "kv_bytes", "parameters": "parameters"}
+    return float(cost[names.get(limit, f"{limit}_ns")])
+
+
+def family_table(family: dict[str, Any]) -> Table:
+    """The members of a family: budget, size, KL before healing."""
+    table = Table(title="Children before healing", title_justify="left")
+    for name in ("budget", "GB", "parameters", "predicted KL", "true KL", "held-out KL", "from", "where"):
+        table.add_column(name, justify="left" if name in ("from", "where") else "right")
+    for row in family["members"]:
+        numbers = (f"{row['share']:g}", f"{row['gb']:.4f}", f"{row['parameters']:,}", f"{row['predicted_kl']:.4f}")
+        table.add_row(*numbers, f"{row['kl']:.4f}", f"{row['heldout_kl']:.4f}", row["origin"], row["directory"])
+    return table
 
 
 def search_table(found: dict[str, Any]) -> RenderableType:

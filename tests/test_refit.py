@@ -46,7 +46,7 @@ def refit(sweep: Sweep, child: list[Weights], architecture: Architecture, text: 
 
 def distances(sweep: Sweep, child: list[Weights] | list[dict[str, Tensor]], text: Tensor) -> tuple[float, float]:
     """Mean squared error of the final hidden states, and KL(parent || child) in nats per token."""
-    parent, hidden = sweep.run(text), sweep.run(text, child)
+    parent, hidden = sweep.run(text), sweep.of(child).run(text)
     return float((hidden - parent).pow(2).mean()), float(kl_to_parent(sweep, parent, [hidden]).mean())
 
 
