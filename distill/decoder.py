@@ -40,31 +40,35 @@ class Pass:
     """Rotary tables [T, E], fp32."""
     sin: Tensor
     packed: Packed | None
-    """Rounded weights by the id of the first module that they are of, if they may be kept from pass to pass."""
+    """Packed weights by the id of the first module that they are of, if they may be kept from pass to pass."""
 
     def project(self, x: Tensor, modules: Sequence[Any]) -> Tensor:
         """The outputs of linear modules of one input, side by side."""
-        if all(module.weight.dtype == self.dtype for module in modules):
+        packs_once = self.packed is not None and self.dtype.itemsize == 2
+        if not packs_once and all(module.weight.dtype == self.dtype for module in modules):
             outputs = [module(x) for module in modules]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return F.linear(x, *self._rounded(modules))
+        return F.linear(x, *self._packed_weights(modules))
 
-    def _rounded(self, modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    def _packed_weights(self, modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
         if self.packed is not None and id(modules[0]) in self.packed:
             return self.packed[id(modules[0])]
         biases = [module.bias for module in modules]
         bias = None if biases[0] is None else pack(biases, self.dtype)
-        rounded = pack([module.weight for module in modules], self.dtype), bias
+        weight = pack([module.weight for module in modules], self.dtype)
         if self.packed is not None:
-            self.packed[id(modules[0])] = rounded
-        return rounded
+            self.packed[id(modules[0])] = weight, bias
+            for module, part in zip(modules, weight.split([len(module.weight) for module in modules]), strict=True):
+                if module.weight.dtype == self.dtype:  # the same numbers: the model need not hold them twice
+                    module.weight.data = part
+        return weight, bias
 
 
 def last_hidden(model: Any, tokens_BT: Tensor, dtype: torch.dtype | None, packed: Packed | None = None) -> Tensor:
     """The last hidden states [B, T, D] of a model that `prepare` took, in `dtype` (None: that of its weights).
 
     Args:
-        packed: where rounded weights are kept from call to call; only for a model that does not learn.
+        packed: where packed weights are kept from call to call; only for a model that does not learn.
     """
     decoder = model.model
     x_BTD = decoder.embed_tokens(tokens_BT)

@@ -21,7 +21,8 @@ class FrozenTeacher(nn.Module):
 
     Args:
         model: a Hugging Face causal LM, `model.model` its decoder and `model.lm_head` its head.
-        compute_dtype: dtype of its matrix products; see `DistillConfig.compute_dtype`.
+        compute_dtype: dtype of its matrix products; see `DistillConfig.compute_dtype`. Weights of another dtype are held
+            a second time in this one; weights that have it already are not.
     """
 
     def __init__(self, model: nn.Module, compute_dtype: str = "float32") -> None:
@@ -36,7 +37,8 @@ class FrozenTeacher(nn.Module):
     def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, T, D_t] and head [V, D_t]."""
         if self._rounded_head is None:  # here, once the model lies where it stays
-            self._rounded_head = _head(self.model).to(_dtype(self.compute_dtype))
+            head = _head(self.model)
+            self._rounded_head = head.to(_dtype(self.compute_dtype) or head.dtype)
         if self._fused:
             return last_hidden(self.model, tokens_BT, _dtype(self.compute_dtype), self._packed), self._rounded_head
         with autocast(tokens_BT.device, self.compute_dtype):

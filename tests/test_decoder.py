@@ -120,6 +120,23 @@ def test_the_teachers_rounded_weights_are_made_once() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_teacher_in_the_compute_dtype_is_held_once_and_stays_a_model() -> None:
+    model: Any = family("biases").bfloat16().eval()
+    expected, tensors = as_transformers(model), {name: t.clone() for name, t in model.state_dict().items()}
+    teacher = FrozenTeacher(model, "bfloat16")
+    hidden, _ = teacher(TOKENS)
+    assert torch.equal(hidden, teacher(TOKENS)[0])
+    exact = as_transformers(family("biases"))
+    assert (hidden - exact).norm() < 1.2 * (expected - exact).norm()
+    attention = model.model.layers[0].self_attn
+    starts = [
+        proj.weight.untyped_storage().data_ptr() for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    assert len(set(starts)) == 1, "parts of one matrix"
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(as_transformers(model), expected)
+
+
 def test_the_students_rounded_weights_are_made_anew() -> None:
     model = family("llama")
     loss = StudentLoss(model, "bfloat16")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +22,14 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 and Triton", allow_module_level=True)
 pytest.importorskip("triton")
 
+from healing_run import CONFIG, packs, tiny_pair  # noqa: E402
 from test_decoder import FAMILIES, TOKENS, family  # noqa: E402
 
 import distill.loss  # noqa: E402
 from distill import kernels, operations  # noqa: E402
 from distill.decoder import last_hidden, prepare  # noqa: E402
 from distill.loss import chunked_kl  # noqa: E402
+from distill.trainer import heal  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)]
@@ -147,6 +151,17 @@ def test_a_whole_decoder(fused: Callable[[bool], None], name: str) -> None:
         if wanted is not None:
             scale = float(wanted.abs().max())
             torch.testing.assert_close(gradients[1][key], wanted, rtol=1e-4, atol=1e-4 * scale, msg=key)
+
+
+def test_healing_with_the_kernels_is_healing_without(fused: Callable[[bool], None], tmp_path: Path) -> None:
+    config = replace(CONFIG, tokens=2 * CONFIG.step_tokens, eval_tokens=32, device="auto")
+    results = []
+    for on in (False, True):
+        fused(on)
+        results.append(heal(config, *tiny_pair(), *packs(), tmp_path / str(on)))
+    assert results[1].after.kl < results[1].before.kl
+    assert results[1].before.kl == pytest.approx(results[0].before.kl, rel=1e-4)
+    assert results[1].after.kl == pytest.approx(results[0].after.kl, rel=1e-3)
 
 
 def test_what_the_kernels_cannot_compute_is_left_to_the_plain_forms() -> None:
