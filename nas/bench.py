@@ -15,26 +15,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import Architecture, AttentionSpec, FFNSpec
 from nas.clock import MS, PHASES, Check, Measured, Profile, ProfileClock, architecture_times, built_layer
-from nas.costs import CostModel, Scenario
+from nas.costs import Scenario
 from nas.engine import free_memory
 from nas.inference import Workshop, inference, run_chain, run_model
 from nas.progress import Reporter
 from nas.timing import Timer, Work, make_timer
-from search_spaces import SearchSpace
 
 Spec = AttentionSpec | FFNSpec
-T = TypeVar("T")
 SPARE = 0.75  # of free memory: the rest is for activations and the libraries
 WARM_SECONDS = 1.0  # a GPU at work before anything counts
-HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,51 +55,6 @@ def effort_for(device: torch.device, repeats: int | None) -> Effort:
     if repeats is not None and repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, not {repeats}")
     return Effort(repeats or own.rounds, own.prefill, own.decode)
-
-
-# What to measure
-
-
-def candidates(space: SearchSpace, shape: ModelShape, children: Sequence[Architecture] = ()) -> list[Spec]:
-    """Every subblock that a layer of the space, of the parent or of `children` may be, as built; the parent's own first."""
-    layers = [shape.parent_layer]
-    for layer in sorted({0, shape.num_hidden_layers - 1}):
-        layers += space.layer_candidates(shape, layer)
-    layers += [layer for child in children for layer in child]
-    built = [built_layer(shape, layer) for layer in layers]
-    attentions: list[Spec] = [layer.attention for layer in built]
-    return list(dict.fromkeys(attentions + [layer.ffn for layer in built]))
-
-
-def made_child(space: SearchSpace, shape: ModelShape, scenario: Scenario, share: float, seed: int = 0) -> Architecture:
-    """A child of mixed layers that keeps about `share` of the parent's weights and KV cache, drawn from the space.
-
-    Subblocks are drawn one after another and lowered to a smaller candidate until the bytes are met.
-    """
-    rng, costs = random.Random(seed), CostModel(shape, scenario)
-    attentions = [space.attention_candidates(shape, layer) for layer in shape.layers]
-    ffns = space.ffn_candidates(shape)
-    layers = list(shape.parent_architecture)
-    excess = costs.cost(shape.parent_architecture).total_bytes - costs.budget_for_share(share)
-    order = [(layer, part) for layer in shape.layers for part in ("attention", "ffn")] * (len(ffns) + 8)
-    rng.shuffle(order)
-    for layer, part in order:
-        if excess <= 0:
-            break
-        old = layers[layer]
-        if part == "attention":
-            new = LayerSpec(_lower(attentions[layer], old.attention, rng), old.ffn)
-        else:
-            new = LayerSpec(old.attention, _lower(ffns, old.ffn, rng))
-        excess -= costs.layer_bytes(old) - costs.layer_bytes(new)
-        layers[layer] = new
-    return Architecture(tuple(layers))
-
-
-def _lower(options: Sequence[T], present: T, rng: random.Random) -> T:
-    """One of the options after `present`; they fall in size."""
-    smaller = options[options.index(present) + 1 :]
-    return rng.choice(smaller) if smaller else present
 
 
 # Measuring

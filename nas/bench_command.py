@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from blocks.errors import CheckpointError, ConfigError
 from blocks.shape import ModelShape
-from blocks.spec import Architecture, AttentionSpec, FFNSpec
-from nas.clock import Check, Measured, Profile, tokens_per_second
-from nas.costs import DTYPE_BYTES, Scenario
+from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from nas.clock import Check, Measured, Profile, built_layer, tokens_per_second
+from nas.costs import DTYPE_BYTES, CostModel, Scenario
 from search_spaces import SearchSpace, load_space
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from nas.bench import Effort, Spec
+    from nas.bench import Effort
 
+Spec = AttentionSpec | FFNSpec
+T = TypeVar("T")
+HALF = 0.5
 MADE, CHOSEN = "half", "chosen"  # labels of the checked child: one made to half the parent's size, or the one given
 DEFAULT_RUN = Path("runs/default")
 
@@ -35,8 +39,6 @@ class Subject:
     children: Mapping[str, Architecture]
 
     def specs(self) -> list[Spec]:
-        from nas.bench import candidates
-
         return candidates(self.space, self.shape, list(self.children.values()))
 
 
@@ -86,8 +88,6 @@ def _of_run(
 def _children(
     shape: ModelShape, space: SearchSpace, scenario: Scenario, architecture: Path | None
 ) -> dict[str, Architecture]:
-    from nas.bench import HALF, made_child
-
     if architecture is None:
         return {MADE: made_child(space, shape, scenario, HALF)}
     given = Architecture.load(architecture)
@@ -99,6 +99,48 @@ def _children(
     for layer in given:
         shape.check(layer)
     return {CHOSEN: given}
+
+
+def candidates(space: SearchSpace, shape: ModelShape, children: Sequence[Architecture] = ()) -> list[Spec]:
+    """Every subblock that a layer of the space, of the parent or of `children` may be, as built; the parent's own first."""
+    layers = [shape.parent_layer]
+    for layer in sorted({0, shape.num_hidden_layers - 1}):
+        layers += space.layer_candidates(shape, layer)
+    layers += [layer for child in children for layer in child]
+    built = [built_layer(shape, layer) for layer in layers]
+    attentions: list[Spec] = [layer.attention for layer in built]
+    return list(dict.fromkeys(attentions + [layer.ffn for layer in built]))
+
+
+def made_child(space: SearchSpace, shape: ModelShape, scenario: Scenario, share: float, seed: int = 0) -> Architecture:
+    """A child of mixed layers that keeps about `share` of the parent's weights and KV cache, drawn from the space.
+
+    Subblocks are drawn one after another and lowered to a smaller candidate until the bytes are met.
+    """
+    rng, costs = random.Random(seed), CostModel(shape, scenario)
+    attentions = [space.attention_candidates(shape, layer) for layer in shape.layers]
+    ffns = space.ffn_candidates(shape)
+    layers = list(shape.parent_architecture)
+    excess = costs.cost(shape.parent_architecture).total_bytes - costs.budget_for_share(share)
+    order = [(layer, part) for layer in shape.layers for part in ("attention", "ffn")] * (len(ffns) + 8)
+    rng.shuffle(order)
+    for layer, part in order:
+        if excess <= 0:
+            break
+        old = layers[layer]
+        if part == "attention":
+            new = LayerSpec(_lower(attentions[layer], old.attention, rng), old.ffn)
+        else:
+            new = LayerSpec(old.attention, _lower(ffns, old.ffn, rng))
+        excess -= costs.layer_bytes(old) - costs.layer_bytes(new)
+        layers[layer] = new
+    return Architecture(tuple(layers))
+
+
+def _lower(options: Sequence[T], present: T, rng: random.Random) -> T:
+    """One of the options after `present`; they fall in size."""
+    smaller = options[options.index(present) + 1 :]
+    return rng.choice(smaller) if smaller else present
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -180,8 +222,6 @@ def bench_table(profile: Profile) -> Table:
 
 def parent_spec(shape: ModelShape, part: str) -> AttentionSpec | FFNSpec:
     """The parent's own attention or FFN as built."""
-    from nas.clock import built_layer
-
     built = built_layer(shape, shape.parent_layer)
     return built.attention if part == "attention" else built.ffn
 
