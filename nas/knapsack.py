@@ -1,36 +1,34 @@
-"""The multiple-choice knapsack behind `nas.solve`: linear relaxation, then HiGHS on the few candidates it leaves open.
+"""The multiple-choice knapsack behind `nas.solve`: the relaxation's prices, then every choice near its bound.
 
-With the relaxation's prices u >= 0 of the rows a x <= b, every choice x costs
+With the prices u >= 0 that the linear relaxation puts on the rows a x <= b, every choice x costs
 
     score(x) = sum_g min_c (s_gc + u a_gc) - u b  +  sum of reduced costs of x  +  u (b - a x)
 
-The first part is a lower bound and the others are never negative. So an optimum among the candidates whose reduced cost is
-at most d is the optimum of all if it lies within d of the bound: solve the core of small d, and again with a larger one
-only if that fails (Pisinger 1995 calls it the expanding core).
-
-Rows hold whole numbers. HiGHS works in floats with tolerances, so every answer is checked in integers. If one slipped
-through, rows are split into digits, small enough for the tolerances not to matter; one that slips through even so is
-forbidden by name.
+The first part is a lower bound, and what stands after it is never negative. So only candidates whose reduced cost is at most
+d matter to choices within d of the bound, and if the best of these lies within d, it is the optimum (the expanding core of
+Pisinger 1995). `nas.frontier` explores those choices; what is found narrows d, what was given up says how much further to
+look, and HiGHS's integer program stands by for problems that come to no end.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy.optimize import LinearConstraint
-from scipy.sparse import csr_matrix, hstack
 
-from nas.highs import branch, relax
+from blocks.errors import ConfigError, NasError
+from nas.frontier import Group, explore
+from nas.highs import program, relax
 
-LARGEST_COEFFICIENT = 100_000  # HiGHS takes 1e-6 for an integer: beyond this its slips are whole units
 CORE = 2  # candidates per group to begin with
-WIDER = 4  # how much the core grows if no choice of it meets the limits
-RESOLUTION = 1e4  # the core's objective is scaled so that its width is this: HiGHS stops at an absolute gap of 1e-6
-LARGEST_COST = 1e6  # of a candidate in the scaled objective: HiGHS loses its way in larger ones
+WIDER = 4  # how much the width grows while nothing is found
+FEWEST_STATES, MORE_STATES, MOST_STATES = 2_000, 8, 200_000  # kept after each group
+ROUNDING = 1e-13  # of a sum of scores, relative
+LARGEST = 2**52  # use of a row: sums of these are whole in int64 and single ones in a float
 
 
 class Bounded(Protocol):
@@ -46,188 +44,173 @@ class Bounded(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """sum of `amounts` <= `high`, whole numbers from 0 up, the least of each group 0, in units of `unit`.
+    """sum of `uses` <= `high` over the candidates of all groups: whole numbers, the least of each group 0.
 
-    `limit` is the place of the limit that it comes from; `sign` is -1 if it is its lower bound.
+    `place` is that of the limit in question, `unit` how many of its units one of the row's is.
     """
 
-    limit: int
-    sign: int
-    amounts: np.ndarray
+    place: int
+    uses: np.ndarray
     high: int
     unit: int
 
 
-@dataclass(frozen=True)
-class Rows:
-    """All limits as rows `<=`, over the candidates of all groups one after the other."""
-
-    rows: tuple[Row, ...]
-
-    @classmethod
-    def of(cls, limits: Sequence[Bounded]) -> Rows:
-        rows = []
-        for place, limit in enumerate(limits):
-            if limit.high is not None:
-                rows.append(_row(place, 1, limit.amounts, limit.high))
-            if limit.low is not None:
-                rows.append(_row(place, -1, limit.amounts, limit.low))
-        return cls(tuple(rows))
-
-    @property
-    def possible(self) -> bool:
-        """Whether each row alone can be met."""
-        return all(row.high >= 0 for row in self.rows)
-
-    def met(self, picked: np.ndarray) -> bool:
-        """Whether the candidates with these indices meet all rows."""
-        return all(int(row.amounts[picked].sum()) <= row.high for row in self.rows)
+def rows_of(limits: Sequence[Bounded]) -> list[Row] | None:
+    """The limits as rows, without those that every choice meets; None if one of them is met by none."""
+    rows = []
+    for place, limit in enumerate(limits):
+        for sign, bound in ((1, limit.high), (-1, limit.low)):
+            if bound is None:
+                continue
+            signed = [[sign * int(amount) for amount in group] for group in limit.amounts]
+            least, most = sum(map(min, signed)), sum(map(max, signed))
+            if sign * bound < least:
+                return None
+            if sign * bound < most:
+                rows.append(_row(place, signed, sign * bound - least))
+    return rows
 
 
-def _row(place: int, sign: int, amounts: Sequence[Sequence[int]], bound: int) -> Row:
-    signed = [[sign * int(amount) for amount in group] for group in amounts]
-    least = [min(group) for group in signed]
-    extra = [amount - low for group, low in zip(signed, least, strict=True) for amount in group]
-    unit = math.gcd(*extra) or 1
-    return Row(
-        place, sign, np.array([e // unit for e in extra], dtype=np.int64), (sign * bound - sum(least)) // unit, unit
-    )
+def _row(place: int, amounts: list[list[int]], room: int) -> Row:
+    extra = [amount - min(group) for group in amounts for amount in group]
+    unit = math.gcd(*extra)
+    if max(extra) // unit > LARGEST:
+        raise ConfigError(f"amounts of one group differ by {max(extra):,}: more than the solver can count")
+    return Row(place, np.array([amount // unit for amount in extra], dtype=np.int64), room // unit, unit)
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best choice, the proven lower bound, and the relaxation's prices by the limits' places."""
+    """The best choice found, the proven lower bound of the score, and the relaxation's prices by the limits' places."""
 
     choice: tuple[int, ...]
     bound: float
     prices: dict[int, float]
 
 
-def optimum(scores: Sequence[Sequence[float]], rows: Rows, gap: float) -> Best | None:
-    """The choice of least score that meets all rows, to a relative gap (infinite: any choice); None if there is none."""
-    if not rows.possible:
-        return None
-    core = _Core.of(scores, rows)
-    if core is None:
-        return None
-    width = core.first_width()
-    while True:
-        kept = np.flatnonzero(core.reduced <= width)
-        found = core.solve(kept, width, gap)
-        whole = len(kept) == len(core.scores)
-        if found is None:
-            if whole:
-                return None
-            width = max(width * WIDER, float(core.reduced[core.reduced > width].min()))
-            continue
-        picked, bound = found
-        score = float(core.scores[picked].sum())
-        beyond = math.inf if whole else core.bound + width
-        bound = max(core.bound, min(bound, beyond))
-        if score <= bound + gap * abs(score) or score <= beyond:
-            choice = tuple(int(p) for p in picked - core.starts[:-1])
-            return Best(choice, min(bound, score), core.prices)
-        width = score - core.bound
+def optimum(scores: Sequence[Sequence[float]], limits: Sequence[Bounded], gap: float) -> Best | None:
+    """The choice of least score that meets all limits, to a relative gap (infinite: any choice); None if there is none.
+
+    The gap is missed only where neither way comes to an end in its share of work; `Best.bound` tells.
+    """
+    rows = rows_of(limits)
+    relaxation = None if rows is None else Relaxation.of(scores, rows)
+    return None if relaxation is None else _Search(relaxation, gap).run()
 
 
-@dataclass
-class _Core:
-    """The relaxation of one problem and the integer programs on parts of its candidates."""
+@dataclass(frozen=True)
+class Relaxation:
+    """The linear relaxation's bound, and what each candidate costs beyond it.
+
+    `starts[g]` is the first candidate of group g; `uses` [rows, candidates] and `highs` [rows] are int64, `prices` [rows] in
+    nats per unit of the row, `by_limit` per unit of the limit.
+    """
 
     scores: np.ndarray
     starts: np.ndarray
-    rows: tuple[Row, ...]
-    exact: Rows
-    bound: float
+    uses: np.ndarray
+    highs: np.ndarray
+    prices: np.ndarray
+    by_limit: dict[int, float]
     reduced: np.ndarray
-    prices: dict[int, float]
-    digits: bool = False
+    bound: float
 
     @classmethod
-    def of(cls, scores: Sequence[Sequence[float]], rows: Rows) -> _Core | None:
-        sizes = [len(group) for group in scores]
-        starts = np.concatenate(([0], np.cumsum(sizes)))
+    def of(cls, scores: Sequence[Sequence[float]], rows: Sequence[Row]) -> Relaxation | None:
+        starts = np.concatenate(([0], np.cumsum([len(group) for group in scores])))
         flat = np.concatenate([np.asarray(group, dtype=float) for group in scores])
-        useful = tuple(row for row in rows.rows if row.amounts.any())
-        scales = np.array([float(row.amounts.max()) for row in useful])
-        matrix = np.array([row.amounts / scale for row, scale in zip(useful, scales, strict=True)]).reshape(
-            -1, len(flat)
-        )
-        highs = np.array([(row.high + 0.5) / scale for row, scale in zip(useful, scales, strict=True)])
-        spread = float(np.ptp(flat)) or 1.0
-        relaxed = relax(flat / spread, _one_each(np.arange(len(flat)), starts), matrix, highs)
-        if relaxed is None:
+        uses = np.array([row.uses for row in rows], dtype=np.int64).reshape(len(rows), len(flat))
+        highs = np.array([row.high for row in rows], dtype=np.int64)
+        prices = relax(flat, starts, uses, highs)
+        if prices is None:
             return None
-        unit_prices = relaxed.prices * spread
-        highs = np.array([row.high / scale for row, scale in zip(useful, scales, strict=True)])
-        priced = flat + unit_prices @ matrix
+        by_limit: dict[int, float] = {}
+        for row, price in zip(rows, prices, strict=True):
+            by_limit[row.place] = by_limit.get(row.place, 0.0) + float(price) / row.unit
+        priced = flat + prices @ uses
         least = np.minimum.reduceat(priced, starts[:-1])
-        prices: dict[int, float] = {}
-        for row, price, scale in zip(useful, unit_prices, scales, strict=True):
-            prices[row.limit] = prices.get(row.limit, 0.0) + float(price / (scale * row.unit))
-        reduced = priced - np.repeat(least, sizes)
-        return cls(flat, starts, useful, rows, math.fsum(least) - float(unit_prices @ highs), reduced, prices)
+        reduced = priced - np.repeat(least, np.diff(starts))
+        return cls(flat, starts, uses, highs, prices, by_limit, reduced, math.fsum([*least, *-(prices * highs)]))
 
-    def first_width(self) -> float:
+    def best(self, picked: np.ndarray, bound: float) -> Best:
+        return Best(tuple(int(place) for place in picked - self.starts[:-1]), bound, self.by_limit)
+
+
+@dataclass
+class _Search:
+    """Explores wider and with more states until the best choice found is proven. Costs are counted from the bound."""
+
+    relaxation: Relaxation
+    gap: float
+    picked: np.ndarray | None = None
+    cost: float = math.inf
+    proven: float = 0.0
+
+    def run(self) -> Best | None:
+        width, states = self._first_width(), FEWEST_STATES
+        while states <= MOST_STATES:
+            width = min(width, self._enough)
+            missed = self._explore(width, states)
+            self.proven = max(self.proven, min(missed, width))
+            if self.proven >= self._enough:  # infinite both if nothing was left out and nothing found
+                return None if self.picked is None else self._found()
+            if missed < width:
+                states *= MORE_STATES
+            elif self.picked is None:
+                left = self.relaxation.reduced[self.relaxation.reduced > width]
+                width = max(width * WIDER, float(left.min())) if len(left) else math.inf
+            else:
+                width = self.cost
+        return self._program()
+
+    @property
+    def _enough(self) -> float:
+        """The best choice so far will do if none below this is missed."""
+        score = self.relaxation.bound + self.cost
+        return self.cost - max(self.gap, ROUNDING) * max(abs(score), ROUNDING) if math.isfinite(score) else math.inf
+
+    def _found(self) -> Best:
+        assert self.picked is not None
+        return self.relaxation.best(self.picked, self.relaxation.bound + min(self.proven, self.cost))
+
+    def _first_width(self) -> float:
         """The reduced cost within which there are about `CORE` candidates a group."""
-        count = min(len(self.reduced), CORE * (len(self.starts) - 1)) - 1
-        return float(np.partition(self.reduced, count)[count])
+        reduced, groups = self.relaxation.reduced, len(self.relaxation.starts) - 1
+        count = min(len(reduced), CORE * groups) - 1
+        return float(np.partition(reduced, count)[count])
 
-    def solve(self, kept: np.ndarray, width: float, gap: float) -> tuple[np.ndarray, float] | None:
-        """The best choice among the candidates `kept` and the lower bound of its score; None if none meets the rows."""
-        group = np.searchsorted(self.starts, kept, side="right") - 1
-        base = np.array([self.scores[a:b].min() for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)])
-        offset = 0.0 if gap > 1e-8 else math.fsum(base)
-        objective = self.scores[kept] - (base[group] if gap <= 1e-8 else 0.0)
-        largest = float(np.abs(objective).max()) or 1.0
-        scale = min(RESOLUTION / max(width, largest * 1e-9), LARGEST_COST / largest)
-        forbidden: list[np.ndarray] = []
-        while True:
-            matrix, highs, upper = self._constraints(kept)
-            carries = len(upper) - len(kept)
-            one = hstack([_one_each(kept, self.starts), csr_matrix((len(base), carries))])
-            constraints = [LinearConstraint(one, 1, 1)]
-            if len(highs):
-                constraints.append(LinearConstraint(matrix, -np.inf, highs))
-            for row in forbidden:
-                constraints.append(LinearConstraint(np.append(row, np.zeros(carries))[None], -np.inf, len(base) - 1))
-            tolerance = 1e-12 if gap <= 1e-8 else min(gap, 1e9)
-            found = branch(np.append(objective * scale, np.zeros(carries)), constraints, upper, tolerance)
-            if found is None:
-                return None
-            x = found.x[: len(kept)]
-            picked = np.array([kept[group == g][np.argmax(x[group == g])] for g in range(len(base))])
-            if self.exact.met(picked):
-                return picked, found.bound / scale + offset
-            if self.digits:
-                forbidden.append(np.isin(kept, picked).astype(float))
-            self.digits = True
+    def _explore(self, width: float, states: int) -> float:
+        """Explores the candidates within the width, keeps the best choice, and returns what was missed."""
+        r = self.relaxation
+        kept = np.flatnonzero(r.reduced <= width)
+        by_group = [kept[a:b] for a, b in itertools.pairwise(np.searchsorted(kept, r.starts))]
+        by_group = [own[np.argsort(r.reduced[own], kind="stable")] for own in by_group]
+        picked = np.array([own[0] for own in by_group])
+        open_groups = [g for g, own in enumerate(by_group) if len(own) > 1]
+        slack = r.highs - r.uses[:, picked].sum(axis=1)
+        beyond = {g: (r.uses[:, by_group[g]] - r.uses[:, picked[g], None]).T for g in open_groups}
+        most = sum((use.max(axis=0) for use in beyond.values()), np.zeros_like(slack))
+        rows = np.flatnonzero((most > slack) | (r.prices > 0))  # no choice of these candidates goes over the others
+        groups = [Group(r.reduced[by_group[g]], beyond[g][:, rows]) for g in open_groups]
+        found = explore(groups, slack[rows], r.prices[rows], width, states)
+        if found.choice is not None and found.cost < self.cost:
+            for g, place in zip(open_groups, found.choice, strict=True):
+                picked[g] = by_group[g][place]
+            self.picked, self.cost = picked, found.cost
+        return found.missed
 
-    def _constraints(self, kept: np.ndarray) -> tuple[csr_matrix, np.ndarray, np.ndarray]:
-        """Rows, their bounds, and the largest value of every column: the candidates kept, then the carries."""
-        lines: list[tuple[np.ndarray, int, float]] = []  # amounts, how the carry enters, bound
-        for row in self.rows:
-            amounts, most = row.amounts[kept], int(row.amounts.max())
-            if most < LARGEST_COEFFICIENT or not self.digits:
-                lines.append((amounts / most, 0, (row.high + 0.5) / most))
-                continue
-            base = math.isqrt(most) + 1
-            lines.append(((amounts % base).astype(float), -base, row.high % base + 0.5))
-            lines.append(((amounts // base).astype(float), 1, row.high // base + 0.5))
-        carries = sum(line[1] > 0 for line in lines)
-        matrix = np.zeros((len(lines), len(kept) + carries))
-        carry = -1
-        for place, (amounts, enters, _) in enumerate(lines):
-            matrix[place, : len(kept)] = amounts
-            carry += enters < 0
-            if enters:
-                matrix[place, len(kept) + carry] = enters
-        upper = np.append(np.ones(len(kept)), np.full(carries, len(self.starts) - 1))
-        return csr_matrix(matrix), np.array([line[2] for line in lines]), upper
-
-
-def _one_each(columns: np.ndarray, starts: np.ndarray) -> csr_matrix:
-    """One candidate of each group, over these columns."""
-    group = np.searchsorted(starts, columns, side="right") - 1
-    ones = (np.ones(len(columns)), (group, np.arange(len(columns))))
-    return csr_matrix(ones, shape=(len(starts) - 1, len(columns)))
+    def _program(self) -> Best | None:
+        r = self.relaxation
+        other = program(r.scores, r.starts, r.uses, r.highs, self.gap)
+        if other is None:
+            return None
+        self.proven = max(self.proven, other.bound - r.bound)
+        if other.picked is not None:
+            cost = math.fsum(r.scores[other.picked]) - r.bound
+            if cost < self.cost:
+                self.picked, self.cost = other.picked, cost
+        if self.picked is None:
+            raise NasError(
+                "the solver found no choice that meets all limits, and no proof that there is none; widen one a little"
+            )
+        return self._found()

@@ -151,14 +151,14 @@ def solve(
 
     Returns None if `avoid` and `near` leave nothing. Raises InfeasibleBudgetError if the limits themselves cannot be met.
     """
-    from nas.knapsack import Rows, optimum
+    from nas.knapsack import optimum
 
     cuts = [_away(problem, choice, distance) for choice in avoid]
     if near is not None:
         cuts.append(_close(problem, *near))
-    best = optimum(problem.scores, Rows.of((*problem.limits, *cuts)), gap)
+    best = optimum(problem.scores, (*problem.limits, *cuts), gap)
     if best is None:
-        if not cuts or optimum(problem.scores, Rows.of(problem.limits), math.inf) is None:
+        if not cuts or optimum(problem.scores, problem.limits, math.inf) is None:
             raise _infeasible(problem)
         return None
     prices = {limit.name: best.prices.get(place, 0.0) for place, limit in enumerate(problem.limits)}
@@ -193,14 +193,13 @@ def extreme(problem: Problem, name: str, sense: Literal["min", "max"]) -> int | 
 
 
 def _extreme(wanted: Limit, others: Sequence[Limit], sense: Literal["min", "max"]) -> int | None:
-    from nas.knapsack import Rows, optimum
+    from nas.knapsack import optimum
 
     if not others:
         return wanted.least if sense == "min" else wanted.largest
     sign = 1 if sense == "min" else -1
-    unit = max((abs(int(amount)) for amounts in wanted.amounts for amount in amounts), default=1) or 1
-    scores = [[sign * int(amount) / unit for amount in amounts] for amounts in wanted.amounts]
-    best = optimum(scores, Rows.of(others), 0.0)
+    signed = [[sign * int(amount) for amount in amounts] for amounts in wanted.amounts]
+    best = optimum([[float(amount - min(group)) for amount in group] for group in signed], others, 0.0)
     return None if best is None else wanted.total(best.choice)
 
 
@@ -214,14 +213,14 @@ def why_infeasible(problem: Problem) -> Conflict:
 
 
 def _conflicting(limits: Sequence[Limit]) -> tuple[str, ...]:
-    from nas.knapsack import Rows, optimum
+    from nas.knapsack import optimum
 
     subsets: Iterable[tuple[Limit, ...]] = itertools.chain.from_iterable(
         itertools.combinations(limits, size) for size in range(1, len(limits) + 1)
     )
     for subset in subsets:
         nothing = [[0.0] * len(amounts) for amounts in subset[0].amounts]
-        if optimum(nothing, Rows.of(subset), math.inf) is None:
+        if optimum(nothing, subset, math.inf) is None:
             return tuple(limit.name for limit in subset)
     return ()
 
