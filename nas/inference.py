@@ -289,9 +289,10 @@ class Workshop:
         """For a parent of this shape, as a child would have it on disk, within `memory` bytes of the device."""
         built_shape, built = as_built(shape, shape.parent_architecture)
         sizes = Sizes(built_shape, scenario, device)
-        weights = min(sizes.weight_values(built), int(0.7 * memory) // DTYPE_BYTES[scenario.weight_dtype])
+        gaps = 16 * ALIGNMENT * (len(built) + 1)  # between tensors, at most
+        weights = min(sizes.weight_values(built) + gaps, int(0.7 * memory) // DTYPE_BYTES[scenario.weight_dtype])
         layer = sizes.cache_values(built[0].attention)
-        cache = min(layer * len(built), max(layer, int(0.3 * memory) // DTYPE_BYTES[scenario.kv_dtype]))
+        cache = min(layer * len(built) + gaps, max(layer + gaps, int(0.3 * memory) // DTYPE_BYTES[scenario.kv_dtype]))
         return cls(
             sizes,
             Ring(max(weights, largest_tensor(sizes)), sizes.dtype, device, WEIGHT_SCALE),
