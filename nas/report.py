@@ -1,0 +1,330 @@
+"""`nas report`: everything that a run has found, in one dict (report.json) that the page is drawn from.
+
+    collect(directory)         reads the run's files, however far it has got, into plain data
+    write_report(directory)    writes report.html and report.json
+
+Keys of report.json: KL is in nats per token, a size in bytes unless it is named gb (1e9 bytes), null where nothing is known.
+
+    run, parent, scenario, limits, clock, budget_bytes, formula, optimum, warnings, seconds    as in architecture.json
+    models      parent, child, baselines, healed child: name, kind, cost, layers, kl, kl_se (calibration text), heldout
+    points      every child measured, the parent and the baselines among them, once each
+    map         columns, parts (rows), the parts of each architecture, and the share of the parent's bytes that a part keeps
+    scores      the score table by candidate and layer, with the chosen candidate of each layer
+    finalists   KL of each over healing tokens;  learning: held-out KL over healing tokens;  made: score.json
+    notes       by figure, why it is left out
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from blocks.errors import CheckpointError, ConfigError
+from blocks.files import save_json, save_text
+
+FORMAT = 1
+BASELINES = ("uniform", "depth-contiguous", "depth-score", "random")
+AS_THEY_ARE = ("parent", "scenario", "clock", "budget_bytes", "formula", "optimum", "warnings", "seconds")
+
+
+def write_report(directory: Path, out: Path | None = None) -> dict[str, Any]:
+    """Writes the page to `out` (report.html in the run) and report.json into the run; returns what the latter holds.
+
+    Raises:
+        CheckpointError: if there is no run, or a file of it is damaged, or the disk refuses.
+    """
+    from nas.report_html import page
+
+    report = collect(directory)
+    save_text(out or directory / "report.html", page(report))
+    save_json(directory / "report.json", report)
+    return report
+
+
+def collect(directory: Path) -> dict[str, Any]:
+    """What report.json holds (see above). Raises CheckpointError if there is no run, or a file of it is damaged."""
+    found, made = _json(directory / "architecture.json"), _json(directory / "score.json")
+    if not found and not (directory / "scores.csv").exists():
+        raise CheckpointError(f"no run at {directory}; start one with `nas score --run {directory}`")
+    try:
+        return _report(directory, found, made)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{directory / 'architecture.json'} cannot be told ({error!r}); run `nas search` again"
+        ) from error
+
+
+def _report(directory: Path, found: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    results = _json(directory / "results.json")
+    if results.get("search") != found.get("key"):
+        results = {}  # of an earlier search: not this child's
+    healing = _json(directory / "distill" / "search.json").get("search") in (None, found.get("key"))
+    models = _models(found, results)
+    report: dict[str, Any] = {"format": FORMAT, "run": directory.resolve().name}
+    report |= {key: found.get(key) for key in AS_THEY_ARE}
+    report |= {
+        "parent": found.get("parent") or made.get("parent"),
+        "limits": {name: _limit(name, limit) for name, limit in (found.get("limits") or {}).items()},
+        "models": models,
+        "points": _points(found, models),
+        "map": _map(found, models),
+        "scores": _scores(directory / "scores.csv", found),
+        "finalists": found.get("finalists") or [],
+        "learning": _learning(directory / "distill" / "metrics.jsonl") if found and healing else [],
+        "heldout_tokens": results.get("heldout_tokens") or (found.get("heldout") or {}).get("tokens"),
+        "healing": results.get("healing"),
+        "made": made or None,
+    }
+    return report | {"notes": _notes(report)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is not there. Raises CheckpointError if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it and run the stage that writes it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (no JSON object); delete it and run the stage that writes it again")
+    return content
+
+
+def _limit(name: str, limit: dict[str, Any]) -> dict[str, Any]:
+    """A limit with times in ms, whichever unit the search counts in."""
+    factor = 1e-6 if limit.get("unit") == "ns" else 1.0
+    ends = {end: None if limit.get(end) is None else limit[end] * factor for end in ("low", "high")}
+    return {**ends, "unit": "ms" if limit.get("unit") == "ns" else limit.get("unit") or "", "per_unit": 1 / factor}
+
+
+# Models
+
+
+def _models(found: dict[str, Any], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parent, the child, the baselines and the healed child, as far as there are any."""
+    if not found:
+        return []
+    heldout, healed = found.get("heldout") or {}, None
+    child = _model("child before healing", "child", found, found.get("cost"), heldout.get("child"))
+    if child["kl"] is None:
+        child["kl"], child["kl_se"] = _measured(found, found.get("layers"))
+    models = [_model("parent", "parent", {"kl": 0.0}, found.get("parent_cost"), heldout.get("parent")), child]
+    baselines = dict(found.get("baselines") or {})
+    if "uniform" not in baselines and found.get("uniform_layers"):
+        baselines["uniform"] = {"layers": found["uniform_layers"], "cost": found.get("uniform_cost")}
+    for name, baseline in baselines.items():
+        model = _model(name, name, baseline, baseline.get("cost"), heldout.get(name))
+        if model["kl"] is None:
+            model["kl"], model["kl_se"] = _measured(found, baseline.get("layers"), name)
+        models.append(model)
+    healed = next((row for row in results.get("rows") or [] if row.get("name") == "child after healing"), None)
+    if healed:
+        models.append(_model("child after healing", "healed", {}, found.get("cost"), healed))
+    return models
+
+
+def _model(name: str, kind: str, facts: dict[str, Any], cost: Any, heldout: Any) -> dict[str, Any]:
+    keys = ("kl", "kl_se", "perplexity", "top1_agreement")
+    return {
+        "name": name,
+        "kind": kind,
+        "layers": facts.get("layers"),
+        "cost": cost,
+        "kl": facts.get("kl"),
+        "kl_se": facts.get("kl_se"),
+        "heldout": None if not heldout else {key: heldout.get(key) for key in keys},
+    }
+
+
+def _measured(found: dict[str, Any], layers: Any, origin: str | None = None) -> tuple[Any, Any]:
+    """True KL and its error of an architecture, from its trial."""
+    for trial in found.get("trials") or []:
+        if trial.get("layers", origin and (layers if trial.get("origin") == origin else None)) == layers and layers:
+            return trial.get("kl"), trial.get("kl_se")
+    return None, None
+
+
+# Children measured
+
+
+def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every child once: the parent, trials, and the baselines and path members that are no trials."""
+    points, seen = [], set()
+    finalists = [finalist.get("layers") for finalist in found.get("finalists") or []]
+
+    def add(name: str, origin: str, facts: dict[str, Any]) -> None:
+        layers = facts.get("layers")
+        known = "|".join(layers) if layers else None
+        if known is not None and known in seen and facts.get("number") is None:
+            return
+        seen.add(known)
+        total = facts.get("total_bytes")
+        points.append(
+            {
+                "name": name,
+                "origin": origin,
+                "number": facts.get("number"),
+                "state": facts.get("state") or "complete",
+                "within": facts.get("within", True),
+                "kl": facts.get("kl"),
+                "kl_se": facts.get("kl_se"),
+                "predicted_kl": facts.get("predicted_kl"),
+                "gb": None if total is None else total / 1e9,
+                "parameters": facts.get("parameters"),
+                "tokens_per_s": facts.get("tokens_per_s"),
+                "child": bool(layers) and layers == found.get("layers"),
+                "finalist": bool(layers) and layers in finalists,
+            }
+        )
+
+    parent = next((model for model in models if model["kind"] == "parent"), None)
+    if parent and parent["cost"]:
+        add("parent", "parent", {**parent["cost"], "kl": 0.0, "predicted_kl": 0.0})
+    for index, trial in enumerate(found.get("trials") or []):
+        number = trial.get("number", index)
+        add(
+            f"trial {number}, {trial.get('origin', 'unknown')}",
+            trial.get("origin", "unknown"),
+            {**trial, "number": number},
+        )
+    for index, step in enumerate(found.get("path") or []):
+        step = {**step, "total_bytes": step.get("total_bytes", step.get("budget_bytes"))}
+        add(f"path step {index + 1}", "path", step)
+    for model in models:
+        if model["kind"] in found.get("baselines", {}) or model["kind"] == "child":
+            facts = {**(model["cost"] or {}), **{key: model[key] for key in ("kl", "kl_se", "layers")}}
+            add(model["name"], found.get("origin", "child") if model["kind"] == "child" else model["kind"], facts)
+    return points
+
+
+# Maps
+
+
+def _map(found: dict[str, Any], models: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Columns (layers), parts (rows of the map) and, by model, the candidates of each part, column by column."""
+    layers = found.get("layers")
+    if not layers:
+        return None
+    groups = found.get("groups") or [[str(index), "layer"] for index in range(len(layers))]
+    columns = list(dict.fromkeys(str(column) for column, _ in groups))
+    shown = {model["name"]: model["layers"] for model in models if model["layers"]}
+    for finalist in found.get("finalists") or []:
+        if finalist.get("layers") and finalist["layers"] not in shown.values():
+            shown[f"finalist {finalist['name']}"] = finalist["layers"]
+    cells = {name: _cells(names, groups, columns) for name, names in shown.items()}
+    parts = list(dict.fromkeys(part for rows in cells.values() for part in rows))
+    names = {name for rows in cells.values() for row in rows.values() for name in row if name is not None}
+    kept, by = _kept(found, sorted(names))
+    return {"columns": columns, "parts": parts, "models": cells, "kept": kept, "kept_by": by}
+
+
+def _cells(names: list[str], groups: list[Any], columns: list[str]) -> dict[str, list[str | None]]:
+    """{"attention": ["attention:kv3", ...], "ffn": [...]}; a joint name of a layer is taken apart if it is ours."""
+    rows: dict[str, list[str | None]] = {}
+    for name, (column, part) in zip(names, groups, strict=True):
+        attention, plus, ffn = name.partition("+")
+        ours = plus and attention.startswith("attention:") and ffn.startswith("ffn:")
+        for row, candidate in {"attention": attention, "ffn": ffn}.items() if ours else ((part, name),):
+            rows.setdefault(row, [None] * len(columns))[columns.index(str(column))] = candidate
+    return rows
+
+
+def _kept(found: dict[str, Any], names: list[str]) -> tuple[dict[str, float], str | None]:
+    """The share of the parent's bytes (or else heads and channels) that each candidate keeps, and by what that is told."""
+    if "kept" in found:
+        return found["kept"], "bytes"
+    if found.get("shape") and found.get("scenario"):
+        from blocks.shape import ModelShape
+        from blocks.spec import AttentionSpec, FFNSpec
+        from nas.costs import CostModel, Scenario
+
+        known = {field.name for field in fields(Scenario)}
+        scenario = Scenario(**{key: value for key, value in found["scenario"].items() if key in known})
+        costs = CostModel(ModelShape(**found["shape"]), scenario)
+        try:
+            return {
+                name: costs.kept(AttentionSpec.parse(name) if name.startswith("attention") else FFNSpec.parse(name))
+                for name in names
+            }, "bytes"
+        except ConfigError:
+            pass  # candidates of a table from elsewhere
+    sizes = {name: _size(name) for name in names}
+    most = {
+        part: max((size for name, size in sizes.items() if size is not None and name.startswith(part)), default=0)
+        for part in ("attention:", "ffn:")
+    }
+    kept = {
+        name: size / most[f"{name.partition(':')[0]}:"]
+        for name, size in sizes.items()
+        if size is not None and most[f"{name.partition(':')[0]}:"]
+    }
+    return kept, "heads and channels" if kept else None
+
+
+def _size(name: str) -> float | None:
+    """KV heads or channels in a candidate's name; 0 for a skip, None for anything else."""
+    part, _, body = name.partition(":")
+    if part not in ("attention", "ffn"):
+        return None
+    digits = body.removeprefix("kv") if part == "attention" else body
+    return 0.0 if body == "skip" else float(digits) if digits.isdigit() else None
+
+
+def _scores(path: Path, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The score table by candidate: {"layers": N, "rows": [{"attention", "ffn", "cells": [...]}], "chosen": [row, ...]}."""
+    if not path.exists():
+        return None
+    from nas.table import load_table
+
+    table = load_table(path)
+    rows: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
+    for layer, candidates in enumerate(table):
+        for row in candidates:
+            cells = rows.setdefault((row.attention, row.ffn), [None] * len(table))
+            cells[layer] = {"score": row.score, "low": row.score_low, "high": row.score_high, "source": row.source}
+    names = [f"{attention}+{ffn}" for attention, ffn in rows]
+    layers = found.get("layers") or []
+    told = [{"attention": attention, "ffn": ffn, "cells": cells} for (attention, ffn), cells in rows.items()]
+    chosen = [names.index(layer) if layer in names else None for layer in layers]
+    return {"layers": len(table), "rows": told, "chosen": chosen}
+
+
+# Healing
+
+
+def _learning(path: Path) -> list[dict[str, Any]]:
+    """Held-out evaluations of the healing: tokens, KL, its standard error, perplexity. A line cut off by a crash is left out."""
+    keys = {"step": "step", "tokens": "tokens", "kl": "kl", "kl_se": "kl_se", "perplexity": "student_perplexity"}
+    evaluations = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            values = json.loads(text)
+        except ValueError:
+            continue
+        if values.get("kind") == "eval" and values.get("kl") is not None:
+            evaluations.append({key: values.get(name) for key, name in keys.items()})
+    return evaluations
+
+
+def _notes(report: dict[str, Any]) -> dict[str, str]:
+    """Which figures there is nothing for, and what would make them."""
+    measured = [point for point in report["points"] if point["kl"] is not None and point["origin"] != "parent"]
+    timed = [point for point in measured if point["tokens_per_s"] is not None]
+    search, run = "run `nas search` first", report["run"]
+    notes = {
+        "map": None if report["map"] else f"No architecture was chosen in {run} yet: {search}.",
+        "scores": None if report["scores"] else "No score table lies in this run: it was searched on a table from elsewhere.",
+        "pareto": None if measured else "No child was measured: without the parent at hand there is no true KL.",
+        "speed": None if timed else "No clock: give `nas search` a --clock (a profile of `nas bench`, or a device's name).",
+        "predicted": None if any(p["predicted_kl"] for p in measured) else "No child was measured, so no prediction was checked.",
+        "budget": None if any(m["cost"] for m in report["models"]) else f"No costs yet: {search}.",
+        "history": None if any(p["number"] is not None for p in measured) else f"No trials yet: {search}.",
+        "finalists": None if report["finalists"] else "No finalists were healed: `nas search --finalists K` makes the last choice that way.",
+        "learning": None if report["learning"] else "The child is not healed yet: run `nas distill`.",
+    }  # fmt: skip
+    return {name: note for name, note in notes.items() if note is not None}
