@@ -78,7 +78,7 @@ def _bar(model: dict[str, Any], x: Scale, y: float, factor: float) -> Markup:
             parts.append(element("rect", tip, class_=class_, data_bytes=cost[key], **box))
             at += width
     parts.append(text(x.start - 9, y + BAR / 2 + 4, name, f"name{strong}", "end"))
-    parts.append(text(at + 6, y + BAR / 2 + 4, size_text(cost["total_bytes"]), f"tick{strong}"))
+    parts.append(text(at + 6, y + BAR / 2 + 4, size_text(cost["total_bytes"]), f"total{strong}"))
     return join(*parts)
 
 
@@ -103,7 +103,7 @@ def finalists(report: dict[str, Any]) -> Markup:
     parts.append(_end_names(ends))
     entries = [("star", "o-child", "chosen")]
     there = {finalist.get("origin", "") for finalist in report["finalists"] if not finalist.get("chosen")}
-    entries += [style(origin) for origin in sorted(there)]
+    entries += list(dict.fromkeys(style(origin) for origin in sorted(there)))
     return join(svg(WIDTH, HEIGHT, "KL of the finalists over healing tokens", *parts), legend(entries))
 
 

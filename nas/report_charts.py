@@ -6,25 +6,25 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from nas.report_frame import X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker, place_labels
+from nas.report_frame import TOP, X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker, place_labels
 from nas.report_svg import Markup, Scale, element, join, line, linear_scale, log_scale, polyline, svg, text
 from nas.report_words import KL_LABEL, about_point, estimate
 
 # Shape, CSS class and words of every origin, in the order of legends.
 ORIGINS = {
     "parent": ("diamond", "o-parent", "parent"),
-    "optimum": ("circle", "o-optimum", "optimum of the summed scores"),
+    "optimum": ("circle", "o-optimum", "optimum"),
     "pool": ("circle", "o-pool", "near-optima"),
-    "attention-rich": ("plus", "o-variant", "variant: more attention kept"),
-    "ffn-rich": ("plus", "o-variant", "variant: more FFN kept"),
-    "contiguous": ("plus", "o-variant", "variant: attentions left out in one run"),
+    "attention-rich": ("plus", "o-variant", "variants in kind"),
+    "ffn-rich": ("plus", "o-variant", "variants in kind"),
+    "contiguous": ("plus", "o-variant", "variants in kind"),
     "path": ("up", "o-path", "path"),
     "around": ("down", "o-path", "scored again around the best"),
-    "swap": ("square", "o-swap", "swaps of the sampler"),
-    "uniform": ("square", "o-base", "uniform baseline"),
-    "depth-contiguous": ("up", "o-base", "depth only, contiguous"),
-    "depth-score": ("down", "o-base", "depth only, by score"),
-    "random": ("plus", "o-base", "random baseline"),
+    "swap": ("square", "o-swap", "swaps"),
+    "uniform": ("square", "o-base", "uniform"),
+    "depth-contiguous": ("up", "o-base", "depth-contiguous"),
+    "depth-score": ("down", "o-base", "depth-score"),
+    "random": ("plus", "o-base", "random"),
 }
 OTHER = ("circle", "o-other")
 NAMED = ("parent", "uniform", "depth-contiguous", "depth-score", "random")  # beside their points
@@ -72,8 +72,10 @@ def _front(
     if limit:
         parts.append(_limit_line(x(limit[0]), limit[1]))
     parts.append(polyline(steps, "front"))
-    parts += [_mark(report, p, x, y, key) for p in points]
-    parts.append(_names(points, x, y, key))
+    parts += [_mark(report, p, x, y, key) for p in _child_last(points)]
+    obstacles = [spot for ends in pairwise(steps) for spot in _along(*ends)]
+    obstacles += _along((x(limit[0]), TOP), (x(limit[0]), Y_RANGE[0])) if limit else []
+    parts.append(_names(points, x, y, key, obstacles))
     entries = [("line", "front", "not beaten in both"), *_entries(points)]
     if limit:
         entries.insert(1, ("line", "limit", "the limit"))
@@ -96,7 +98,7 @@ def predicted(report: dict[str, Any]) -> Markup:
     x, y = log_scale(values, *X_RANGE), log_scale(values, *Y_RANGE)
     parts = [chart_frame(x, y, "predicted KL: the sum of scores (nats/token)", KL_LABEL)]
     parts.append(line(x.start, y.start, x.end, y.end, "diagonal"))
-    parts += [_mark(report, p, x, y, "predicted_kl") for p in points]
+    parts += [_mark(report, p, x, y, "predicted_kl") for p in _child_last(points)]
     parts.append(_names(points, x, y, "predicted_kl"))
     entries = [("line", "diagonal", "predicted = true"), *_entries(points)]
     return join(svg(X_RANGE[1] + 18, Y_RANGE[0] + 46, "true KL against predicted KL", *parts), legend(entries))
@@ -117,17 +119,28 @@ def history(report: dict[str, Any]) -> Markup:
     if steps:
         steps.append((x(max(p["number"] for p in points)), y(best)))
     parts = [chart_frame(x, y, "trial number", KL_LABEL), polyline(steps, "front")]
-    parts += [_mark(report, p, x, y, "number") for p in points]
+    parts += [_mark(report, p, x, y, "number") for p in _child_last(points)]
     entries = [("line", "front", "best so far"), *_entries(points)]
     if any(p["state"] == "pruned" for p in points):
         entries.append(("cross", "o-other", "given up half-way (KL so far)"))
     return join(svg(X_RANGE[1] + 18, Y_RANGE[0] + 46, "true KL by trial number", *parts), legend(entries))
 
 
+def _along(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:
+    """Points of a line, about 12 pixels apart, for labels to keep clear of."""
+    count = 1 + int(max(abs(end[0] - start[0]), abs(end[1] - start[1])) / 12)
+    return [tuple(a + (b - a) * i / count for a, b in zip(start, end, strict=True)) for i in range(count + 1)]  # type: ignore[misc]
+
+
+def _child_last(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In the order of drawing: finalists over others, the child over all."""
+    return sorted(points, key=lambda p: (p["child"], p["finalist"]))
+
+
 def _limit_line(x: float, words: str) -> Markup:
     bottom, top = Y_RANGE
     right = x > (X_RANGE[0] + X_RANGE[1]) / 2
-    label = text(x - 5 if right else x + 5, top + 8, words, "limit-text", "end" if right else "start")
+    label = text(x + 6 if right else x - 6, top - 4, words, "limit-text", "end" if right else "start")
     return join(line(x, bottom, x, top, "limit"), label)
 
 
@@ -151,7 +164,9 @@ def _mark(report: dict[str, Any], point: dict[str, Any], x: Scale, y: Scale, key
 _RING = "M-7.5,0a7.5,7.5 0 1,0 15,0a7.5,7.5 0 1,0 -15,0Z"
 
 
-def _names(points: list[dict[str, Any]], x: Scale, y: Scale, key: str) -> Markup:
+def _names(
+    points: list[dict[str, Any]], x: Scale, y: Scale, key: str, obstacles: Sequence[tuple[float, float]] = ()
+) -> Markup:
     """The names of the parent, the child and the baselines, beside their points."""
     named = [
         (x(p[key]), y(p["kl"]), "child" if p["child"] else p["origin"])
@@ -159,7 +174,7 @@ def _names(points: list[dict[str, Any]], x: Scale, y: Scale, key: str) -> Markup
         if p["child"] or p["origin"] in NAMED
     ]
     everything = [(x(p[key]), y(p["kl"])) for p in points]
-    places = place_labels(named, everything, Y_RANGE[0])
+    places = place_labels(named, [*everything, *obstacles], Y_RANGE[0])
     return join(
         *(
             text(left, base, words, "name strong" if words == "child" else "name", anchor)
@@ -171,7 +186,7 @@ def _names(points: list[dict[str, Any]], x: Scale, y: Scale, key: str) -> Markup
 def _entries(points: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """The legend of what is there: origins in a fixed order, then the child and finalists."""
     there = {p["origin"] for p in points if not p["child"]}
-    entries = [style(origin) for origin in [*ORIGINS, *sorted(there - ORIGINS.keys())] if origin in there]
+    entries = list(dict.fromkeys(style(o) for o in [*ORIGINS, *sorted(there - ORIGINS.keys())] if o in there))
     if any(p["child"] for p in points):
         entries.append(("star", "o-child", "the child"))
     if any(p["finalist"] for p in points):

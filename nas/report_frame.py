@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from nas.report_svg import Markup, Scale, element, join, line, number, plain, text, title
 
 WIDTH, HEIGHT = 560.0, 350.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 18.0, 14.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 18.0, 22.0, 46.0
 X_RANGE, Y_RANGE = (LEFT, WIDTH - RIGHT), (HEIGHT - BOTTOM, TOP)  # pixels from the low to the high end
 
 
@@ -141,7 +141,7 @@ def place_labels(
 
         def crowding(option: tuple[float, float, str], width: float = width) -> float:
             box = _box(*option, width, size)
-            outside = box[0] < LEFT or box[2] > WIDTH or box[1] < 0 or box[3] > bottom
+            outside = box[0] < LEFT or box[2] > WIDTH or box[1] < TOP - 6 or box[3] > bottom
             overlaps = sum(_overlap(box, other) for other in taken)
             covered = sum(box[0] - 4 < px < box[2] + 4 and box[1] - 4 < py < box[3] + 4 for px, py in obstacles)
             return 1000 * outside + overlaps + 25 * covered

@@ -9,7 +9,7 @@ from typing import Any
 from nas import report_bars, report_charts, report_maps, report_tables
 from nas.report_style import style_sheet
 from nas.report_svg import Markup, element, join
-from nas.report_words import estimate, rate_text, size_text
+from nas.report_words import estimate, size_text
 
 Draw = Callable[[dict[str, Any]], Markup]
 Words = Callable[[dict[str, Any]], str]
@@ -48,7 +48,7 @@ def _finalists_caption(report: dict[str, Any]) -> str:
 
 FIGURES = (
     Figure("map", "Architecture", "One column a layer. Darker (in the dark: brighter) keeps more; a dash is left out.", report_maps.architecture, True),
-    Figure("scores", "Sensitivity", "Strong colours hurt most when this one layer is replaced; the search looks for pale cells that save much.", report_maps.sensitivity, True),
+    Figure("scores", "Sensitivity", "Darker cells (in the dark: brighter) hurt more when this one layer is replaced; the search looks for cells that hurt little and save much.", report_maps.sensitivity, True),
     Figure("pareto", "Quality against memory", "Down and left is better. Dots left of and below the baselines are what the search is for.", report_charts.pareto),
     Figure("speed", "Quality against throughput", "Down and right is better: more tokens a second at less loss.", report_charts.speed),
     Figure("predicted", "Predicted against measured", _predicted_caption, report_charts.predicted),
@@ -126,7 +126,9 @@ def _sentence(report: dict[str, Any]) -> str:
     words = [f"The child of {report['parent'] or 'its parent'} keeps {share:.1%} of the parent's memory ({sizes})"]
     fast = [model["cost"].get("tokens_per_s") for model in (child, parent)]
     if all(fast):
-        words.append(f" and generates {fast[0] / fast[1]:.2f} times as many tokens a second{estimate(report)}")
+        words.append(
+            f" and generates {fast[0] / fast[1]:.2f} times as many tokens a second{' (estimate)' if estimate(report) else ''}"
+        )
     kl, where = _best_known_kl(report, child)
     if kl is not None:
         words.append(f", at a KL of {kl:.3g} nats a token {where}")
@@ -147,9 +149,13 @@ def _best_known_kl(report: dict[str, Any], model: dict[str, Any] | None) -> tupl
 
 def _facts(report: dict[str, Any]) -> str:
     scenario = report["scenario"] or {}
-    names = {"batch": "batch {}", "context": "context {:,}", "prompt": "prompt {:,}", "output": "output {:,}", "tp": "{} GPU(s) a layer", "weight_dtype": "weights {}", "kv_dtype": "KV {}"}  # fmt: skip
+    names = {"batch": "batch {}", "context": "context {:,}", "prompt": "prompt {:,}", "output": "output {:,}", "tp": "tensor parallel over {}", "weight_dtype": "weights {}", "kv_dtype": "KV {}"}  # fmt: skip
     facts = [f"parent {report['parent']}"] if report["parent"] else []
-    facts += [words.format(scenario[key]) for key, words in names.items() if scenario.get(key) is not None]
+    facts += [
+        words.format(scenario[key])
+        for key, words in names.items()
+        if scenario.get(key) is not None and (key, scenario[key]) != ("tp", 1)
+    ]
     if report["clock"]:
         facts.append(f"clock: {report['clock']['name']}{estimate(report)}")
     if report["seconds"] is not None:
@@ -177,7 +183,12 @@ def _tiles(report: dict[str, Any]) -> list[Markup]:
     if child["kl"] is not None and not (child["heldout"] or {}).get("kl"):
         tiles.append((f"{child['kl']:.4f}", "true KL, calibration text (nats/token)"))
     if cost.get("tokens_per_s") is not None:
-        tiles.append((rate_text(report, cost["tokens_per_s"]), "throughput"))
+        tiles.append(
+            (
+                f"{cost['tokens_per_s']:,.0f}",
+                f"tokens/s on {(report['clock'] or {}).get('device', 'device')}{estimate(report)}",
+            )
+        )
     gap = (report["optimum"] or {}).get("gap")
     if gap is not None:
         tiles.append((f"{gap:.2g}", "gap of the proven optimum (nats/token)"))

@@ -9,7 +9,7 @@ from nas.report_frame import legend
 from nas.report_svg import Markup, Scale, element, join, number, plain, svg, text, title
 from nas.report_words import byte_unit
 
-CELL, HEAD, STRIP = 26.0, 22.0, 13.0
+CELL, HEAD, STRIP, NAMES = 26.0, 22.0, 13.0, 150.0
 LETTER = 6.1  # width of a digit in a cell
 LEVELS = 9  # of the colours of scores
 DECADES = 4.0  # that they cover at most: what is smaller hurts nothing either way
@@ -44,8 +44,10 @@ def _short(name: str) -> str:
 
 
 def _cell_width(report: dict[str, Any]) -> float:
-    labels = [_label(cell) for rows in report["map"]["models"].values() for row in rows.values() for cell in row]
-    return max(24.0, 9 + LETTER * max((len(label) for label in labels), default=1))
+    """The same for both maps, so that their columns stand under one another."""
+    shown = report["map"]["models"] if report["map"] else {}
+    labels = [_label(cell) for rows in shown.values() for row in rows.values() for cell in row]
+    return max(26.0, 8 + LETTER * max((len(label) for label in labels), default=1))
 
 
 def _label(candidate: str | None, most: int = 9) -> str:
@@ -91,10 +93,10 @@ def _large(report: dict[str, Any], name: str, width: float) -> Markup:
 
 def _row_names(parts: list[str]) -> Markup:
     words = {"attention": "attention", "ffn": "FFN"}
-    drawn = [text(118, 14, "layer", "tick", "end")]
+    drawn = [text(NAMES, 14, "layer", "tick", "end")]
     for row, part in enumerate(parts):
-        drawn.append(text(118, HEAD + row * (CELL + 3) + CELL / 2 + 4, words.get(part, part), "name", "end"))
-    return svg(122, HEAD + len(parts) * (CELL + 3) + 4, "rows of the map", *drawn, fixed=True)
+        drawn.append(text(NAMES, HEAD + row * (CELL + 3) + CELL / 2 + 4, words.get(part, part), "name", "end"))
+    return svg(NAMES + 4, HEAD + len(parts) * (CELL + 3) + 4, "rows of the map", *drawn, fixed=True)
 
 
 def _strip(report: dict[str, Any], name: str, width: float) -> Markup:
@@ -120,10 +122,13 @@ def _strip_name(report: dict[str, Any], name: str) -> Markup:
         unit, factor = byte_unit(model["cost"]["total_bytes"])
         facts.append(f"{model['cost']['total_bytes'] / factor:.3g} {unit}")
     height = _strip_height(report["map"]["parts"])
-    words = _short(name) if len(_short(name)) <= 19 else f"{_short(name)[:18]}…"
-    drawn = [text(118, height / 2 - 1, words, "name strong" if words == "child" else "name", "end")]
-    drawn.append(text(118, height / 2 + 11, " · ".join(facts), "tick", "end"))
-    return svg(122, height, name, *drawn, fixed=True)
+    healed = next((f["heal"] for f in report["finalists"] if name == f"finalist {f['name']}"), None)
+    if healed:
+        facts.append(f"healed to KL {healed[-1]['kl']:.3g}")
+    words = _short(name) if len(_short(name)) <= 23 else f"{_short(name)[:22]}…"
+    drawn = [text(NAMES, height / 2 - 1, words, "name strong" if words == "child" else "name", "end")]
+    drawn.append(text(NAMES, height / 2 + 11, " · ".join(facts), "tick", "end"))
+    return svg(NAMES + 4, height, name, *drawn, fixed=True)
 
 
 def _strip_height(parts: list[str]) -> float:
@@ -148,7 +153,7 @@ def sensitivity(report: dict[str, Any]) -> Markup:
     scores = report["scores"]
     layers, rows = scores["layers"], scores["rows"]
     levels = score_scale(report)
-    width, height = max(20.0, min(34.0, 1000 / layers)), 19.0
+    width, height = _cell_width(report), 19.0
     tops = _row_tops(rows, height)
     drawn = [text((i + 0.5) * width, 14, str(i), "tick", "middle") for i in range(layers)]
     outlined = []
@@ -207,13 +212,13 @@ def _row_tops(rows: list[dict[str, Any]], height: float) -> list[float]:
 
 
 def _candidate_names(rows: list[dict[str, Any]], tops: list[float], height: float, total: float) -> Markup:
-    drawn = [text(150, 14, "attention + FFN", "tick", "end")]
+    drawn = [text(NAMES, 14, "attention + FFN", "tick", "end")]
     for index, (row, y) in enumerate(zip(rows, tops, strict=True)):
         attention, ffn = row["attention"].removeprefix("attention:"), row["ffn"].removeprefix("ffn:")
         if index == 0 or rows[index - 1]["attention"] != row["attention"]:
             drawn.append(text(4, y + height / 2 + 4, attention, "name strong"))
-        drawn.append(text(150, y + height / 2 + 4, ffn, "name", "end"))
-    return svg(154, total, "candidates", *drawn, fixed=True)
+        drawn.append(text(NAMES, y + height / 2 + 4, ffn, "name", "end"))
+    return svg(NAMES + 4, total, "candidates", *drawn, fixed=True)
 
 
 def _colour_bar(scale: Scale, chosen: bool) -> Markup:

@@ -118,7 +118,7 @@ h2{font-size:18.5px;margin:0 0 2px}
 .tile b{display:block;font-size:22px;font-weight:600;line-height:1.25}
 .tile span{color:var(--muted);font-size:12.5px;display:block}
 .warning{background:var(--warn);border-left:3px solid var(--accent);border-radius:4px;padding:9px 14px;margin:10px 0}
-.cards{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:20px;align-items:start}
+.cards{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:20px}
 figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;margin:0;padding:18px 20px 16px;min-width:0}
 figure.wide{grid-column:1/-1}
 figcaption{color:var(--muted);font-size:13.5px;margin:0 0 12px}
@@ -128,7 +128,8 @@ svg.fluid{width:100%;height:auto}
 text{fill:var(--ink);font-size:11px}
 .tick{fill:var(--muted);font-size:10.5px}
 .label{fill:var(--muted);font-size:11.5px}
-.name{font-size:11.5px}
+.name,.total{font-size:11.5px;paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+.total{font-size:10.5px;fill:var(--muted)}
 .strong{font-weight:650}
 text.strong{fill:var(--ink)}
 .grid{stroke:var(--grid)}
@@ -143,6 +144,7 @@ text.strong{fill:var(--ink)}
 .mark path{fill:currentColor;stroke:var(--card);stroke-width:.8}
 .mark.cross path{fill:none;stroke:currentColor;stroke-width:1.6}
 .mark.ring path{fill:none;stroke:var(--ink);stroke-width:1.2}
+.mark.o-pool path,.mark.o-swap path,.mark.o-path path{fill-opacity:.8}
 .mark:hover path{stroke:var(--ink);stroke-width:1.4}
 .error{stroke:currentColor;stroke-width:1.2}
 .curve{fill:none;stroke:currentColor;stroke-width:1.6}

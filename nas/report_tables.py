@@ -39,8 +39,8 @@ def results(report: dict[str, Any]) -> Markup:
     timed = any((model["cost"] or {}).get("tokens_per_s") is not None for model in models)
     head = ["model", "parameters", "memory", "KL, calibration", "KL, held out", "perplexity", "top-1 agreement"]
     if timed:
-        told = estimate(report)
-        head += [f"tokens/s{told}", f"first token{told}", f"per token{told}"]
+        told = " (estimate)" if estimate(report) else ""
+        head += [f"tokens/s{told}", f"ms to first token{told}", f"ms per token{told}"]
     rows = []
     for model in models:
         cost, heldout = model["cost"] or {}, model["heldout"] or {}
@@ -51,8 +51,8 @@ def results(report: dict[str, Any]) -> Markup:
         row += ["–" if heldout.get("perplexity") is None else f"{heldout['perplexity']:.2f}"]
         row += ["–" if heldout.get("top1_agreement") is None else f"{heldout['top1_agreement']:.1%}"]
         if timed:
-            row += [rate_text(report, cost.get("tokens_per_s"))]
-            row += [time_text(report, cost.get(key)) for key in ("prefill_ms", "decode_ms")]
+            row += [_count(cost.get("tokens_per_s"))]
+            row += ["–" if cost.get(k) is None else f"{cost[k]:,.4g}" for k in ("prefill_ms", "decode_ms")]
         rows.append(row)
     kinds = [model["kind"] for model in models]
     return table(head, rows, strong=kinds.index("healed" if "healed" in kinds else "child"))
@@ -69,7 +69,7 @@ def limits(report: dict[str, Any]) -> Markup:
     rows = []
     for name, limit in report["limits"].items():
         value = _value(name, cost, report["scenario"] or {})
-        ends = [_amount(report, limit["unit"], limit[end]) for end in ("low", "high")]
+        ends = [_amount({}, limit["unit"], limit[end]) for end in ("low", "high")]  # asked for, not estimated
         binds = "yes" if name in (optimum.get("binding") or []) else "no"
         rows.append(
             [LIMITS.get(name, name), *ends, _amount(report, limit["unit"], value), binds, _price(optimum, name, limit)]
@@ -141,7 +141,9 @@ def trials(report: dict[str, Any]) -> Markup:
     more = len(done) - len(rows)
     after = element("p", f"and {more} more, all of them in report.json", class_="aside") if more > 0 else Markup()
     child = next((index for index, point in enumerate(done[:MOST_TRIALS]) if point["child"]), None)
-    summary = element("summary", f"The {len(rows)} best of {len(done)} children measured")
+    summary = element(
+        "summary", f"The {len(rows)} best of {len(done)} children measured" if more > 0 else "Every child measured"
+    )
     return element("details", summary, table(head, rows, strong=child), after)
 
 

@@ -1,6 +1,6 @@
 """Made-up but plausible runs for the tests of the report: every file that `nas report` reads, without a model.
 
-    .venv/bin/python -m tests.report_run DIRECTORY      writes one, to look at
+.venv/bin/python -m tests.report_run DIRECTORY      writes one, to look at
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMALL_SHAPE = ModelShape(
 )
 ATTENTIONS = ("kv3", "kv1", "skip")
 WIDTHS = ("1536", "1024", "512", "256", "skip")
-HURTS = {"kv3": 0.0, "kv1": 0.02, "skip": 0.09, "1536": 0.0, "1024": 0.008, "512": 0.03, "256": 0.06}
+HURTS = {"kv3": 0.0, "kv1": 0.1, "skip": 0.45, "1536": 0.0, "1024": 0.04, "512": 0.15, "256": 0.3}
 
 
 class MadeUp:
@@ -50,7 +50,7 @@ class MadeUp:
         depth = layer / max(1, self.shape.num_hidden_layers - 1)
         weight = 0.12 + 2.5 * math.exp(-depth * 14) + 1.2 * math.exp(-(1 - depth) * 12)
         attention, ffn = str(spec.attention).split(":")[1], str(spec.ffn).split(":")[1]
-        score = 0.0 if own else weight * (HURTS[attention] + HURTS.get(ffn, 0.2)) * self.rng.lognormvariate(0, 0.4)
+        score = 0.0 if own else weight * (HURTS[attention] + HURTS.get(ffn, 0.9)) * self.rng.lognormvariate(0, 0.4)
         exact = not own and (layer == 0 or "skip" in str(spec))
         return ScoreRow(
             layer=layer,
@@ -103,7 +103,11 @@ class MadeUp:
     def timed(self, architecture: Architecture) -> dict[str, Any]:
         cost = self.costs.cost(architecture).to_json()
         prefill, decode = 4e-8 * cost["weight_bytes"], 9e-9 * cost["total_bytes"]
-        return cost | {"prefill_ms": prefill, "decode_ms": decode, "tokens_per_s": 4096 / (prefill + 1024 * decode) * 1e3}
+        return cost | {
+            "prefill_ms": prefill,
+            "decode_ms": decode,
+            "tokens_per_s": 4096 / (prefill + 1024 * decode) * 1e3,
+        }
 
     def trial(self, number: int, origin: str, architecture: Architecture, state: str = "complete") -> dict[str, Any]:
         cost, kl = self.timed(architecture), self.true(architecture)
@@ -126,7 +130,7 @@ class MadeUp:
     def found(self) -> dict[str, Any]:
         """What `nas search` writes to architecture.json."""
         baselines = {
-            "uniform": Architecture.uniform(len(self.table), self.specs[2]),
+            "uniform": self._uniform(),
             "depth-contiguous": self._depth(range(8, len(self.table))),
             "depth-score": self._depth(sorted(range(2, len(self.table)), key=lambda i: self.table[i][-1].score)),
             "random": self.cheapen(2.5),
@@ -184,11 +188,15 @@ class MadeUp:
                 "tokens": 32768,
                 "parent": {"perplexity": 14.21},
                 "child": {"kl": best["kl"] * 1.05, "kl_se": 0.008, "perplexity": 22.9, "top1_agreement": 0.702},
-                "uniform": {"kl": 1.93, "kl_se": 0.021, "perplexity": 88.1, "top1_agreement": 0.41},
+                "uniform": {"kl": trials[1]["kl"] * 1.04, "kl_se": 0.021, "perplexity": 88.1, "top1_agreement": 0.41},
             },
             "warnings": ["the path did not help: its child is worse than the optimum of the summed scores"],
             "seconds": 104.2,
         }
+
+    def _uniform(self) -> Architecture:
+        made = [Architecture.uniform(len(self.table), spec) for spec in self.specs if "skip" not in str(spec)]
+        return min((a for a in made if self.costs.cost(a).total_bytes <= self.budget), key=self.predicted)
 
     def _depth(self, order: Any) -> Architecture:
         """Whole layers left out, in this order, until the budget is met."""
