@@ -29,7 +29,7 @@ class SwapSampler(BaseSampler):
     Args:
         propose: names the parameters of the next trial; None for changes of the best trial at random.
         space: the parameters and their choices; None for those that all finished trials have.
-        seed: each trial's proposal is drawn from a generator of its own, (seed, number of the trial), so that a study that
+        seed: each trial's proposal is drawn from a generator of its own, (seed, trials before it), so that a study that
             was stopped goes on as if it never had been. None for other draws every time.
 
     Note:
@@ -63,9 +63,10 @@ class SwapSampler(BaseSampler):
         self._raise_error_if_multi_objective(study)
         if not search_space:
             return {}
-        if self._seed is not None:
-            self._rng = np.random.default_rng([self._seed, trial.number])
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        if self._seed is not None:
+            begun = sum(t.state != TrialState.FAIL for t in trials)
+            self._rng = np.random.default_rng([self._seed, begun])
         if self._propose is not None:
             return dict(self._propose(trials, self._rng))
         return self._near_the_best(study, trial, trials, search_space)

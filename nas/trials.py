@@ -18,12 +18,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from blocks.spec import Architecture
 from nas.additive import Candidates
 from nas.assemble import Assembler
+from nas.baselines import BASELINES
 from nas.progress import Reporter
 from nas.study import Ledger, architecture_of
 
 BATCHES = 8  # of the verification text, between which a trial may be given up
 SURE = 0.05  # p-value below which a proposal counts as worse
-NEVER_PRUNED = ("optimum", "pool", "path", "attention-rich", "ffn-rich", "contiguous")
+NEVER_PRUNED = ("optimum", "pool", "path", "attention-rich", "ffn-rich", "contiguous", *BASELINES)
 
 
 def pruner(wanted: bool) -> optuna.pruners.BasePruner:

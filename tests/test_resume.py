@@ -29,7 +29,7 @@ IN_SCORE = (
     ("scores.csv", "before"),
     ("score.json", "before"),
 )
-IN_SEARCH = (("journal", 2), ("journal", 4), ("rename", 2), ("rename", 4))  # renaming the child, the uniform baseline
+IN_SEARCH = (("journal", 3), ("journal", 12), ("journal", 40), ("rename", 2), ("rename", 4))  # renaming the child, the uniform baseline
 LARGER = ("--budget", "0.8", "--batch", 1, "--context", 128)
 
 
@@ -120,10 +120,16 @@ def test_corrupt_leftovers_are_ignored(world: World, tmp_path: Path) -> None:
     assert contents(run / "child") == contents(world.runs / "searched" / "child")
 
 
-def trials(run: Path) -> list[dict[str, Any]]:
-    """What the journal holds: its whole lines that add a trial (operation 4 of Optuna's journal)."""
+def trials(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Every child measured. A trial that was cut off is queued again, under another number."""
+    told = [tuple(trial[name] for name in ("origin", "state", "kl", "predicted_kl")) for trial in found["trials"]]
+    return sorted(told, key=str)
+
+
+def complete(run: Path) -> int:
+    """Trials that whole lines of the journal complete or prune (operation 6, states 1 and 2)."""
     lines = (run / "study.journal").read_bytes().split(b"\n")[:-1]
-    return [entry for entry in map(json.loads, lines) if entry["op_code"] == 4]
+    return sum(entry["op_code"] == 6 and entry.get("state") in (1, 2) for entry in map(json.loads, lines))
 
 
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")
@@ -132,18 +138,19 @@ def test_killed_searches_lose_no_trial(
     world: World, killed: Path, monkeypatch: pytest.MonkeyPatch, place: str, when: int
 ) -> None:
     monkeypatch.setattr(nas.study, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(nas.study, "UNNAMED_SECONDS", 0)
     monkeypatch.chdir(killed)
     run = Path(f"{place}-{when}")
-    measured = trials(run)
-    assert len(measured) == (when - 2 if place == "journal" else 3)
+    before = complete(run)
     assert (run / "study.journal.lock").is_symlink() == (place == "journal")
     assert not (run / "architecture.json").exists()
     found = succeed("search", "--run", run, *BUDGET, "--json").json
     expected = json.loads((world.runs / "searched" / "architecture.json").read_text())
-    for key in ("layers", "uniform_layers", "trials", "heldout", "cost"):
+    for key in ("layers", "uniform_layers", "heldout", "cost", "kl"):
         assert found[key] == expected[key]
-    assert trials(run)[: len(measured)] == measured
-    assert len(trials(run)) == len(found["trials"]) == 3
+    assert trials(found) == trials(expected)
+    assert complete(run) == len(found["trials"]) >= before  # what was measured is not measured again
+    assert before == (len(found["trials"]) if place == "rename" else before)
     for child in ("child", "uniform"):
         assert contents(run / child) == contents(world.runs / "searched" / child)
     assert not list(run.rglob(".*")) and not (run / "study.journal.lock").is_symlink()
