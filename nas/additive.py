@@ -126,8 +126,10 @@ class Candidates:
             raise self._infeasible() from None
 
     def _infeasible(self) -> InfeasibleBudgetError:
-        if [bound.name for bound in self.bounds] == ["memory"] and self.bounds[0].high is not None:
-            return self._too_small(self.bounds[0].high)
+        if [bound.name for bound in self.bounds] == ["memory"]:
+            budget, smallest = self.bounds[0].high, self.fixed["memory"] + self.problem.limit("memory").least
+            if budget is not None and budget < smallest:
+                return self._too_small(budget)
         return infeasible(
             self.problem, self.fixed, self.bounds, "; change a limit or the scenario, or use a wider --space"
         )

@@ -135,8 +135,7 @@ class SearchConfig:
                 "give a limit: --budget-gb 80 (weights + KV cache in GB), --budget 0.6 (share of the parent's), --max-params, --max-kv-gb, "
                 "--min-throughput or --max-latency-ms"
             )
-        for name in LIMITS:
-            self._range(name)
+        _ = self.ranges
         if (shares := self._range("budget")) is not None:
             require(
                 "budget",
@@ -173,16 +172,17 @@ class SearchConfig:
         found = {limit: wanted for name, limit in names.items() if (wanted := self._range(name)) is not None}
         if self.max_latency_ms is not None and "," in str(self.max_latency_ms):
             texts = str(self.max_latency_ms).split(",")
-            require(
-                "max_latency_ms", self.max_latency_ms, len(texts) == 2 and any(t.strip() for t in texts), '"TTFT,TPOT"'
-            )
+            if len(texts) != 2 or not any(text.strip() for text in texts):
+                raise ConfigError(
+                    f"--max-latency-ms {self.max_latency_ms}: write TTFT,TPOT, such as 400,15, or 400, or ,15"
+                )
             parts = zip(("ttft", "tpot"), texts, strict=True)
-            found |= {limit: Range.parse(text, "--max-latency-ms") for limit, text in parts if text.strip()}
+            found |= {limit: Range.parse(text, flag("max_latency_ms")) for limit, text in parts if text.strip()}
         return found
 
     def ranges_at(self, budget: float | None) -> dict[str, Range]:
         """`ranges`, with a share of the parent as the memory budget where one is given (a member of a `sweep`)."""
-        return self.ranges if budget is None else {"share": Range(high=budget), **self.ranges}
+        return self.ranges if budget is None else {"share": Range.parse(budget, "--sweep"), **self.ranges}
 
     @property
     def shares(self) -> list[float]:

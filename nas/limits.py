@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from blocks.errors import ConfigError, InfeasibleBudgetError
@@ -36,14 +37,18 @@ FLAGS = {
     "request": "--min-throughput or --max-latency-ms",
 }
 TIMES = ("ttft", "tpot", "request")
+LARGEST = 1e18  # of what users may ask for, in any unit
 
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, both included; None is no bound."""
+    """From `low` to `high`, both included; None is no bound.
 
-    low: float | None = None
-    high: float | None = None
+    Decimal numbers as they were written, so that 0.0157 GB are 15,700,000 bytes, although 0.0157 * 1e9 is less.
+    """
+
+    low: Fraction | None = None
+    high: Fraction | None = None
 
     @classmethod
     def parse(cls, value: float | str, flag: str, least: bool = False) -> Range:
@@ -61,32 +66,34 @@ class Range:
             raise ConfigError(f"{flag} {value}: the least value is above the largest")
         return cls(*ends)
 
-    def times(self, factor: float) -> Range:
+    def times(self, factor: int) -> Range:
         return Range(*(None if end is None else end * factor for end in (self.low, self.high)))
 
-    def inverted(self, numerator: float) -> Range:
+    def inverted(self, numerator: int) -> Range:
         """The range of numerator / x for x in this one."""
         low, high = (None if end is None else numerator / end for end in (self.high, self.low))
         return Range(low, high)
 
     @property
     def whole(self) -> tuple[int | None, int | None]:
-        """The whole numbers within. Products such as 0.0157 x 1e9 must not lose one to rounding, hence the slack."""
-        low = None if self.low is None else math.ceil(self.low - 1e-6 * max(1.0, self.low * 1e-9))
-        high = None if self.high is None else math.floor(self.high + 1e-6 * max(1.0, self.high * 1e-9))
+        """The whole numbers within."""
+        low = None if self.low is None else math.ceil(self.low)
+        high = None if self.high is None else math.floor(self.high)
         return low, high
 
 
-def _number(text: str, value: float | str, flag: str) -> float | None:
+def _number(text: str, value: float | str, flag: str) -> Fraction | None:
     if not text.strip():
         return None
     try:
         number = float(text)
     except ValueError:
         raise ConfigError(f"{flag} {value}: {text!r} is not a number; write 80, 60:80, 60: or :80") from None
-    if not 0 < number < math.inf:
+    if not number > 0:
         raise ConfigError(f"{flag} {value}: {text} must be above 0")
-    return number
+    if not 1 / LARGEST <= number <= LARGEST:
+        raise ConfigError(f"{flag} {value}: {text} is no size of any machine")
+    return Fraction(repr(number))
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,8 @@ class Bound:
 
     def excess(self, total: int) -> float:
         """By how much a total is outside, as a share of the bound; 0 or below inside."""
-        over = -math.inf if self.high is None else (total - self.high) / self.high
-        under = -math.inf if self.low is None else (self.low - total) / self.low
+        over = -math.inf if self.high is None else (total - self.high) / max(self.high, 1)
+        under = -math.inf if self.low is None else (self.low - total) / max(self.low, 1)
         return max(over, under)
 
 
@@ -140,9 +147,16 @@ def infeasible(
         message = f"no child of this space meets the limits: {'; '.join(said)}"
     elif said:
         message = f"no child of this space meets all limits together; it would take {' or '.join(said)}"
+    elif len(bounds) == 1:
+        message = f"no child of this space lies within {_span(bounds[0])} ({FLAGS[bounds[0].name]}): they jump over it"
     else:
         message = f"no child of this space meets {', '.join(asked)} together, and no single one of them can be moved to make room"
     return InfeasibleBudgetError(message + advice, smallest, binding)
+
+
+def _span(bound: Bound) -> str:
+    ends = (None if end is None else in_words(bound.name, end) for end in (bound.low, bound.high))
+    return f"{bound.name} of {' to '.join(end for end in ends if end is not None)}"
 
 
 def _missed(reach: Reach, bound: Bound, fixed: int, alone: bool) -> str:
@@ -200,12 +214,12 @@ def bounds_of(ranges: Mapping[str, Range], costs: CostModel) -> list[Bound]:
 
 def _in_whole_numbers(name: str, wanted: Range, costs: CostModel) -> tuple[str, tuple[int | None, int | None]]:
     if name == "share":
-        low, high = (None if end is None else costs.budget_for_share(end) for end in (wanted.low, wanted.high))
+        low, high = (None if end is None else costs.budget_for_share(float(end)) for end in (wanted.low, wanted.high))
         return "memory", (low, high)
     if name == "throughput":
         scenario = costs.scenario
-        return "request", wanted.inverted(scenario.batch * scenario.output_tokens * 1e9).whole
-    factor = {"memory": 1e9, "kv": 1e9, "parameters": 1.0}.get(name, 1e6)
+        return "request", wanted.inverted(scenario.batch * scenario.output_tokens * 10**9).whole
+    factor = {"memory": 10**9, "kv": 10**9, "parameters": 1}.get(name, 10**6)
     return name, wanted.times(factor).whole
 
 
