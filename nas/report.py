@@ -17,12 +17,13 @@ Keys of report.json: KL is in nats per token, a size in bytes unless it is named
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import math
 from pathlib import Path
 from typing import Any
 
-from blocks.errors import CheckpointError, ConfigError
+from blocks.errors import CheckpointError
 from blocks.files import save_json, save_text
+from nas.report_layers import map_of, scores_of
 
 FORMAT = 1
 BASELINES = ("uniform", "depth-contiguous", "depth-score", "random")
@@ -69,8 +70,8 @@ def _report(directory: Path, found: dict[str, Any], made: dict[str, Any]) -> dic
         "limits": {name: _limit(name, limit) for name, limit in (found.get("limits") or {}).items()},
         "models": models,
         "points": _points(found, models),
-        "map": _map(found, models),
-        "scores": _scores(directory / "scores.csv", found),
+        "map": map_of(found, models),
+        "scores": scores_of(directory / "scores.csv", found),
         "finalists": found.get("finalists") or [],
         "learning": _learning(directory / "distill" / "metrics.jsonl") if found and healing else [],
         "heldout_tokens": results.get("heldout_tokens") or (found.get("heldout") or {}).get("tokens"),
@@ -163,7 +164,7 @@ def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[st
         if known is not None and known in seen and facts.get("number") is None:
             return
         seen.add(known)
-        total = facts.get("total_bytes")
+        total, kl = facts.get("total_bytes"), facts.get("kl")
         points.append(
             {
                 "name": name,
@@ -171,7 +172,7 @@ def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[st
                 "number": facts.get("number"),
                 "state": facts.get("state") or "complete",
                 "within": facts.get("within", True),
-                "kl": facts.get("kl"),
+                "kl": kl if kl is not None and math.isfinite(kl) else None,
                 "kl_se": facts.get("kl_se"),
                 "predicted_kl": facts.get("predicted_kl"),
                 "gb": None if total is None else total / 1e9,
@@ -200,98 +201,6 @@ def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[st
             facts = {**(model["cost"] or {}), **{key: model[key] for key in ("kl", "kl_se", "layers")}}
             add(model["name"], found.get("origin", "child") if model["kind"] == "child" else model["kind"], facts)
     return points
-
-
-# Maps
-
-
-def _map(found: dict[str, Any], models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Columns (layers), parts (rows of the map) and, by model, the candidates of each part, column by column."""
-    layers = found.get("layers")
-    if not layers:
-        return None
-    groups = found.get("groups") or [[str(index), "layer"] for index in range(len(layers))]
-    columns = list(dict.fromkeys(str(column) for column, _ in groups))
-    shown = {model["name"]: model["layers"] for model in models if model["layers"]}
-    for finalist in found.get("finalists") or []:
-        if finalist.get("layers") and finalist["layers"] not in shown.values():
-            shown[f"finalist {finalist['name']}"] = finalist["layers"]
-    cells = {name: _cells(names, groups, columns) for name, names in shown.items()}
-    parts = list(dict.fromkeys(part for rows in cells.values() for part in rows))
-    names = {name for rows in cells.values() for row in rows.values() for name in row if name is not None}
-    kept, by = _kept(found, sorted(names))
-    return {"columns": columns, "parts": parts, "models": cells, "kept": kept, "kept_by": by}
-
-
-def _cells(names: list[str], groups: list[Any], columns: list[str]) -> dict[str, list[str | None]]:
-    """{"attention": ["attention:kv3", ...], "ffn": [...]}; a joint name of a layer is taken apart if it is ours."""
-    rows: dict[str, list[str | None]] = {}
-    for name, (column, part) in zip(names, groups, strict=True):
-        attention, plus, ffn = name.partition("+")
-        ours = plus and attention.startswith("attention:") and ffn.startswith("ffn:")
-        for row, candidate in {"attention": attention, "ffn": ffn}.items() if ours else ((part, name),):
-            rows.setdefault(row, [None] * len(columns))[columns.index(str(column))] = candidate
-    return rows
-
-
-def _kept(found: dict[str, Any], names: list[str]) -> tuple[dict[str, float], str | None]:
-    """The share of the parent's bytes (or else heads and channels) that each candidate keeps, and by what that is told."""
-    if "kept" in found:
-        return found["kept"], "bytes"
-    if found.get("shape") and found.get("scenario"):
-        from blocks.shape import ModelShape
-        from blocks.spec import AttentionSpec, FFNSpec
-        from nas.costs import CostModel, Scenario
-
-        known = {field.name for field in fields(Scenario)}
-        scenario = Scenario(**{key: value for key, value in found["scenario"].items() if key in known})
-        costs = CostModel(ModelShape(**found["shape"]), scenario)
-        try:
-            return {
-                name: costs.kept(AttentionSpec.parse(name) if name.startswith("attention") else FFNSpec.parse(name))
-                for name in names
-            }, "bytes"
-        except ConfigError:
-            pass  # candidates of a table from elsewhere
-    sizes = {name: _size(name) for name in names}
-    most = {
-        part: max((size for name, size in sizes.items() if size is not None and name.startswith(part)), default=0)
-        for part in ("attention:", "ffn:")
-    }
-    kept = {
-        name: size / most[f"{name.partition(':')[0]}:"]
-        for name, size in sizes.items()
-        if size is not None and most[f"{name.partition(':')[0]}:"]
-    }
-    return kept, "heads and channels" if kept else None
-
-
-def _size(name: str) -> float | None:
-    """KV heads or channels in a candidate's name; 0 for a skip, None for anything else."""
-    part, _, body = name.partition(":")
-    if part not in ("attention", "ffn"):
-        return None
-    digits = body.removeprefix("kv") if part == "attention" else body
-    return 0.0 if body == "skip" else float(digits) if digits.isdigit() else None
-
-
-def _scores(path: Path, found: dict[str, Any]) -> dict[str, Any] | None:
-    """The score table by candidate: {"layers": N, "rows": [{"attention", "ffn", "cells": [...]}], "chosen": [row, ...]}."""
-    if not path.exists():
-        return None
-    from nas.table import load_table
-
-    table = load_table(path)
-    rows: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
-    for layer, candidates in enumerate(table):
-        for row in candidates:
-            cells = rows.setdefault((row.attention, row.ffn), [None] * len(table))
-            cells[layer] = {"score": row.score, "low": row.score_low, "high": row.score_high, "source": row.source}
-    names = [f"{attention}+{ffn}" for attention, ffn in rows]
-    layers = found.get("layers") or []
-    told = [{"attention": attention, "ffn": ffn, "cells": cells} for (attention, ffn), cells in rows.items()]
-    chosen = [names.index(layer) if layer in names else None for layer in layers]
-    return {"layers": len(table), "rows": told, "chosen": chosen}
 
 
 # Healing

@@ -107,7 +107,7 @@ def predicted(report: dict[str, Any]) -> Markup:
 def history(report: dict[str, Any]) -> Markup:
     """True KL by trial number, with the best so far."""
     points = [p for p in report["points"] if p["number"] is not None and p["kl"] is not None]
-    x = linear_scale([p["number"] for p in points], *X_RANGE)
+    x = Scale(-0.5, max(7, *(p["number"] for p in points)) + 0.5, *X_RANGE)
     y = log_scale([p["kl"] for p in points], *Y_RANGE)
     steps: list[tuple[float, float]] = []
     best = float("inf")

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+VOID = ("meta", "input")  # HTML gives these no end
+
 
 class Markup(str):
     """Text that is markup already."""
@@ -23,6 +25,8 @@ def element(tag: str, *children: str, **attributes: object) -> Markup:
         if value is not None:
             text = number(value) if isinstance(value, float) else str(value)
             words.append(f'{name.rstrip("_").replace("_", "-")}="{escape(text)}"')
+    if tag in VOID:
+        return Markup(f"<{' '.join(words)}>")
     return Markup(f"<{' '.join(words)}>{join(*children)}</{tag}>")
 
 
@@ -126,7 +130,10 @@ def linear_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Decades, with 2 and 5 (or all digits) between where there is room; every second decade and so on where there is none."""
+    """Decades, with 2 and 5 (or all digits) between where there is room, fewer decades where there is none.
+
+    Within a small part of a decade, the ticks of a linear scale.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     inside: list[float] = []
     for digits in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
@@ -134,6 +141,8 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
         inside = [value for value in inside if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
         if len(inside) <= most:
             break
+    if len(inside) < 3:
+        return linear_ticks(low, high, most)
     return inside[:: -(-len(inside) // most)] if len(inside) > most else inside
 
 

@@ -42,6 +42,7 @@ class MadeUp:
         self.costs = CostModel(self.shape, Scenario())
         self.specs = [LayerSpec.parse(f"attention:{a}+ffn:{w}") for a in ATTENTIONS for w in WIDTHS]
         self.table = [[self._row(layer, spec) for spec in self.specs] for layer in range(layers)]
+        self.sizes = [self.costs.layer_bytes(spec) for spec in self.specs]
         self.budget = self.costs.budget_for_share(0.6)
 
     def _row(self, layer: int, spec: LayerSpec) -> ScoreRow:
@@ -73,25 +74,25 @@ class MadeUp:
     def cheapen(self, greed: float, budget: int | None = None) -> Architecture:
         """Replaces layers, least score for bytes saved first and with some luck, until the budget is met."""
         limit, chosen = budget or self.budget, [0] * len(self.table)
-        while (here := self.cost(chosen).total_bytes) > limit:
+        while self.total(chosen) > limit:
             moves = []
             for layer, rows in enumerate(self.table):
                 now = chosen[layer]
-                for index, spec in enumerate(self.specs):
-                    saved = self.costs.layer_bytes(self.specs[now]) - self.costs.layer_bytes(spec)
+                for index in range(len(self.specs)):
+                    saved = self.sizes[now] - self.sizes[index]
                     if saved > 0:
                         hurt = max(0.0, rows[index].score - rows[now].score)
                         moves.append((hurt / saved * self.rng.lognormvariate(0, greed), layer, index))
             _, layer, index = min(moves)
             chosen[layer] = index
-            assert self.cost(chosen).total_bytes < here
         return self.architecture(chosen)
 
     def architecture(self, chosen: list[int]) -> Architecture:
         return Architecture(tuple(self.specs[index] for index in chosen))
 
-    def cost(self, chosen: list[int]) -> Any:
-        return self.costs.cost(self.architecture(chosen))
+    def total(self, chosen: list[int]) -> int:
+        """Bytes of a child."""
+        return self.costs.fixed_bytes + sum(self.sizes[index] for index in chosen)
 
     def predicted(self, architecture: Architecture) -> float:
         return sum(rows[self.specs.index(spec)].score for rows, spec in zip(self.table, architecture, strict=True))
@@ -202,7 +203,7 @@ class MadeUp:
         """Whole layers left out, in this order, until the budget is met."""
         chosen = [0] * len(self.table)
         for layer in order:
-            if self.cost(chosen).total_bytes > self.budget:
+            if self.total(chosen) > self.budget:
                 chosen[layer] = len(self.specs) - 1
         return self.architecture(chosen)
 

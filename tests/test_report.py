@@ -1,0 +1,568 @@
+"""`nas report`: the page says what the run's files say, everywhere, and works for a run that has got only so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app import World, nas, succeed
+from hypothesis import given
+from hypothesis import strategies as st
+from report_page import Node, axis, marks, read_page
+from report_run import MadeUp
+
+from blocks.errors import CheckpointError
+from nas.report import collect, write_report
+from nas.report_charts import front
+from nas.report_html import FIGURES
+from nas.report_style import DARK, LIGHT, SCORES, ramp
+from nas.report_svg import Scale, element, plain
+from nas.report_words import spearman
+
+NAMES = {figure.name for figure in FIGURES}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 layers in which everything is done."""
+    return MadeUp().write(tmp_path_factory.mktemp("runs") / "made-up")
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def written(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with its report."""
+    run = Path(shutil.copytree(whole, tmp_path_factory.mktemp("written") / "made-up"))
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def told(written: Path) -> tuple[dict[str, Any], Node]:
+    return json.loads((written / "report.json").read_text()), read_page((written / "report.html").read_text())
+
+
+def change(run: Path, **values: Any) -> None:
+    """Changes keys of architecture.json; a value of None removes the key."""
+    path = run / "architecture.json"
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def page_of(run: Path) -> tuple[dict[str, Any], Node]:
+    report = write_report(run)
+    return report, read_page((run / "report.html").read_text())
+
+
+# What is on the page
+
+
+def test_a_whole_run_has_every_figure_with_title_caption_and_legend(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    assert report["notes"] == {}
+    for name in NAMES:
+        figure = page.by_id(name)
+        assert figure.tag == "figure"
+        assert figure.all("h2")[0].text
+        assert len(figure.all("figcaption")[0].text) > 20
+        assert figure.all("svg") and figure.all("ul", "legend")[0].all("li"), name
+
+
+def test_every_chart_names_both_axes_with_their_units(told: tuple[dict[str, Any], Node]) -> None:
+    labels = {name: [label.text for label in told[1].by_id(name).all("text", "label")] for name in NAMES}
+    assert labels["pareto"] == [
+        "memory: weights + KV cache + reserve (GB = 1e9 bytes)",
+        "true KL to the parent (nats/token)",
+    ]
+    assert labels["speed"] == ["throughput on H100 (tokens/s, estimate)", "true KL to the parent (nats/token)"]
+    assert labels["predicted"] == ["predicted KL: the sum of scores (nats/token)", "true KL to the parent (nats/token)"]
+    assert labels["budget"] == ["memory (GB, decimal)"]
+    assert labels["history"] == ["trial number", "true KL to the parent (nats/token)"]
+    assert labels["finalists"] == ["healing tokens", "KL to the parent (nats/token)"]
+    assert labels["learning"] == ["healing tokens", "held-out KL to the parent (nats/token)"]
+    assert labels["scores"] == ["layer"]
+
+
+def test_nothing_comes_from_the_network_and_nothing_is_run(written: Path, told: tuple[dict[str, Any], Node]) -> None:
+    text = (written / "report.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|@font-face|<script|<link|<iframe|javascript:", text)
+    assert not [node for node in told[1].walk() if {"src", "href"} & node.attributes.keys()]
+    assert not [name for node in told[1].walk() for name in node.attributes if name.startswith("on")]
+
+
+def test_it_is_for_light_and_dark(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    assert "prefers-color-scheme:dark" in text
+    used = set(re.findall(r"var\(--([\w-]+)\)", text))
+    for theme in text.split("@media(prefers-color-scheme:dark)"):
+        assert used <= set(re.findall(r"--([\w-]+):#", theme))
+
+
+# Numbers
+
+
+CHARTS = {  # figure: key of x, logarithmic x, the points that must be there
+    "pareto": ("gb", False, lambda p: p["state"] == "complete" and p["gb"] is not None),
+    "speed": ("tokens_per_s", False, lambda p: p["state"] == "complete" and p["tokens_per_s"] is not None),
+    "predicted": ("predicted_kl", True, lambda p: p["state"] == "complete" and p["predicted_kl"] and p["kl"] > 0),
+    "history": ("number", False, lambda p: p["number"] is not None),
+}
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_points_stand_where_the_ticks_say(told: tuple[dict[str, Any], Node], name: str) -> None:
+    report, page = told
+    key, log, wanted = CHARTS[name]
+    figure = page.by_id(name)
+    x, y = axis(figure, "x", log), axis(figure, "y", True)
+    drawn = sorted(marks(figure))
+    points = [p for p in report["points"] if p["kl"] is not None and wanted(p)]
+    expected = sorted((p["name"], x.at(p[key]), y.at(p["kl"])) for p in points)
+    assert len(points) > 30
+    assert [name for name, _, _ in drawn] == [name for name, _, _ in expected]
+    for (_, *place), (_, *right) in zip(drawn, expected, strict=True):
+        assert place == pytest.approx(right, abs=0.3)
+
+
+def test_healing_curves_stand_where_the_ticks_say(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    figure = page.by_id("finalists")
+    x, y = axis(figure, "x", True), axis(figure, "y", True)
+    steps = [(f["name"], x.at(h["tokens"]), y.at(h["kl"])) for f in report["finalists"] for h in f["heal"]]
+    drawn = [mark for mark in marks(figure)]
+    assert len(drawn) == 5 + 5 + 4 + 2
+    for place, right in zip(sorted(drawn), sorted(steps), strict=True):
+        assert place[0] == right[0] and place[1:] == pytest.approx(right[1:], abs=0.3)
+
+    figure = page.by_id("learning")
+    x, y = axis(figure, "x", False), axis(figure, "y", True)
+    assert len(report["learning"]) == 13  # the line that a crash cut off is left out
+    right = [(x.at(e["tokens"]), y.at(e["kl"])) for e in report["learning"]]
+    for place, expected in zip(marks(figure), right, strict=True):
+        assert place[1:] == pytest.approx(expected, abs=0.3)
+
+
+def test_bars_are_as_long_as_their_bytes(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    figure = page.by_id("budget")
+    x = axis(figure, "x", False)
+    bars = [node for node in figure.all("rect") if "data-bytes" in node.attributes]
+    models = [model for model in report["models"] if model["kind"] != "healed"]
+    kinds = ("fixed_bytes", "attention_bytes", "ffn_bytes", "kv_bytes")
+    assert [int(bar.attributes["data-bytes"]) for bar in bars] == [m["cost"][kind] for m in models for kind in kinds]
+    for bar in bars:
+        length = x.at(int(bar.attributes["data-bytes"]) / 1e9) - x.at(0)
+        assert float(bar.attributes["width"]) == pytest.approx(length, abs=0.05)
+    limit = figure.all("line", "limit")[0]
+    assert float(limit.attributes["x1"]) == pytest.approx(x.at(report["budget_bytes"] / 1e9), abs=0.05)
+
+
+def test_the_data_is_that_of_the_files(whole: Path, told: tuple[dict[str, Any], Node]) -> None:
+    report = told[0]
+    assert collect(whole) == report
+    found = json.loads((whole / "architecture.json").read_text())
+    for trial in found["trials"]:
+        (point,) = [p for p in report["points"] if p["number"] == trial["number"]]
+        assert [point[key] for key in ("kl", "kl_se", "predicted_kl")] == [
+            trial[k] for k in ("kl", "kl_se", "predicted_kl")
+        ]
+        assert point["gb"] == trial["total_bytes"] / 1e9
+        assert point["child"] == (trial["layers"] == found["layers"])
+    assert sum(p["finalist"] for p in report["points"]) >= 5
+    assert len([p for p in report["points"] if p["origin"] == "uniform"]) == 1  # once, as a trial
+
+
+def test_the_map_shows_each_part_and_the_share_it_keeps(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    layers = next(model["layers"] for model in report["models"] if model["kind"] == "child")
+    cells = page.by_id("map").all("div", "pane-0")[0].all("g", "cell")
+    titles = [cell.all("title")[0].text for cell in cells]
+    assert [t.split(", ")[1].split(":")[0] for t in titles] == ["attention"] * 30 + ["ffn"] * 30
+    for index, layer in enumerate(layers):
+        for title, part in zip((titles[index], titles[30 + index]), layer.split("+"), strict=True):
+            assert title.startswith(f"layer {index}, {part}: keeps ")
+
+    def attention(heads: int) -> int:
+        """Bytes by hand: q and o, k and v, the norm; and 4 x 2048 tokens of KV; 2 bytes each."""
+        return 2 * (2 * 576 * 576 + 2 * 576 * 64 * heads + 576) + 2 * (4 * 2048 * 2 * 64 * heads)
+
+    kept = report["map"]["kept"]
+    assert kept["attention:kv1"] == pytest.approx(attention(1) / attention(3))
+    assert kept["ffn:512"] == pytest.approx((3 * 576 * 512 + 576) / (3 * 576 * 1536 + 576))
+    assert (kept["attention:skip"], kept["ffn:skip"], kept["attention:kv3"]) == (0, 0, 1)
+    own = [cell for cell, title in zip(cells, titles, strict=True) if "attention:kv3" in title or "ffn:1536" in title]
+    assert own and all("k5" in cell.attributes["class"].split() for cell in own)
+
+
+def test_each_map_can_be_chosen_and_is_shown_small(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    figure, names = page.by_id("map"), report["map"]["models"]
+    assert {"uniform", "depth-contiguous", "depth-score", "random"} < names.keys()
+    buttons = figure.all("input")
+    assert len(buttons) == len(names) == len(figure.all("div", "pane"))
+    assert {label.attributes["for"] for label in figure.all("label")} == {button.attributes["id"] for button in buttons}
+    assert ["checked" in button.attributes for button in buttons] == [True] + [False] * (len(buttons) - 1)
+    sheet = page.all("style")[0].text
+    for index in range(len(names)):
+        assert f"#map-{index}:checked~.map .pane-{index}" in sheet
+
+
+def test_colours_of_scores_are_ordered_as_scores(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    cells = [node for node in page.by_id("scores").all("rect") if "data-score" in node.attributes]
+    assert len(cells) == 30 * 15
+    pairs = [(float(c.attributes["data-score"]), c.attributes["class"]) for c in cells]
+    assert {class_ for score, class_ in pairs if score == 0} == {"s-own"}
+    levels = [int(class_[1:]) for score, class_ in sorted(pairs) if score > 0]
+    assert levels == sorted(levels) and (levels[0], levels[-1]) == (0, 8)
+    low, high = min(score for score, _ in pairs if score > 0), max(score for score, _ in pairs)
+    for score, class_ in pairs:
+        if score > 0:
+            share = math.log(score / low) / math.log(high / low) * 9
+            assert abs(int(class_[1:]) + 0.5 - share) <= 0.5 + 1e-3
+    assert len(page.by_id("scores").all("rect", "chosen")) == 30 + 1  # one in the legend
+    outlined = {
+        (c.attributes["x"], c.attributes["y"])
+        for c in page.by_id("scores").all("rect", "chosen")
+        if "x" in c.attributes
+    }
+    titles = [c.all("title")[0].text for c in cells if (c.attributes["x"], c.attributes["y"]) in outlined]
+    layers = next(model["layers"] for model in report["models"] if model["kind"] == "child")
+    assert sorted(t.split(":")[0] + t[t.index(",") : t.rindex(":")] for t in titles) == sorted(
+        f"layer {index}, {layer}".split(":")[0] + f", {layer}" for index, layer in enumerate(layers)
+    )
+
+
+def test_the_front_is_what_no_point_beats() -> None:
+    rng = random.Random(0)
+    points = [(rng.randint(0, 30) / 10, rng.randint(1, 30) / 10) for _ in range(80)]
+    for more in (False, True):
+        sign = -1 if more else 1
+        unbeaten = {
+            (x, kl)
+            for x, kl in points
+            if not any(sign * a <= sign * x and b <= kl and (a, b) != (x, kl) for a, b in points)
+        }
+        assert set(front(points, more)) == unbeaten
+
+
+def test_tables_tell_errors_prices_and_the_proof(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    child = next(model for model in report["models"] if model["kind"] == "child")
+    text = page.by_id("results").text
+    assert f"{child['kl']:.4f} ± {child['kl_se']:.4f}" in text
+    assert f"{child['heldout']['kl']:.4f} ± {child['heldout']['kl_se']:.4f}" in text
+    assert "0.3100 ± 0.0050" in text  # healed
+    rows = {
+        row.all("th")[0].text: [cell.text for cell in row.all("td")]
+        for row in page.by_id("limits").all("tr")
+        if row.all("td")
+    }
+    assert rows["memory (weights, KV cache, reserve)"][3:] == ["yes", "8.1 nats per GB"]
+    assert rows["time per output token"][1] == "4 ms"  # architecture.json has it in ns
+    assert rows["throughput"][0] == "1,000 tokens/s"
+    assert rows["sum of scores of the best choice"] == [f"{report['optimum']['score']:.6g}"]
+    assert "0.963 on 71" in page.by_id("made").text
+
+
+def test_prices_are_in_readable_units(run: Path) -> None:
+    prices = {"memory": -8.1e-9, "tpot": -2e-7}
+    change(run, optimum={"score": 1.0, "binding": ["tpot"], "prices": prices})
+    text = page_of(run)[1].by_id("limits").text
+    assert "0.2 nats per ms" in text  # 2e-7 a ns
+
+
+# Estimates
+
+
+def test_a_datasheets_times_are_marked_everywhere(told: tuple[dict[str, Any], Node]) -> None:
+    page = told[1]
+    for name in ("speed", "pareto", "history", "predicted"):
+        for title in page.by_id(name).all("title"):
+            for line in title.text.splitlines():
+                assert "tokens/s" not in line or "(estimate)" in line
+    heads = [head.text for head in page.all("th") if "tokens/s" in head.text or head.text.startswith("ms ")]
+    assert len(heads) == 3 and all("(estimate)" in head for head in heads)
+    assert "(estimate)" in page.all("p", "lead")[0].text
+    assert [t.text for t in page.all("div", "tile") if "tokens/s" in t.text and "estimate" not in t.text] == []
+
+
+def test_a_measured_clock_is_no_estimate(run: Path) -> None:
+    change(run, clock={"name": "profiles/h100.json", "device": "H100", "estimate": False})
+    _, page = page_of(run)
+    assert "estimate)" not in page.text and ", estimate" not in page.text
+    assert "tokens/s" in page.by_id("speed").text
+
+
+# Any text is shown as it is
+
+
+def test_markup_in_names_is_shown_not_obeyed(run: Path) -> None:
+    bad = '<script>alert("x")</script>&amp;\'">'
+    found = json.loads((run / "architecture.json").read_text())
+    found["trials"][7]["origin"] = bad
+    found["finalists"][0]["name"] = bad
+    found["baselines"][bad] = found["baselines"]["random"]
+    change(run, parent=bad, warnings=[bad], formula=bad, **{k: found[k] for k in ("trials", "finalists", "baselines")})
+    _, page = page_of(run)
+    assert page.all("script") == []
+    assert page.all("p", "warning")[0].text == f"Warning: {bad}"
+    assert bad in page.all("p", "lead")[0].text
+    assert any(bad in label.text for label in page.by_id("map").all("label"))
+    assert any(entry.text == bad for entry in page.by_id("history").all("li"))
+
+
+@given(st.text(), st.text())
+def test_elements_escape_text_and_attributes(words: str, value: str) -> None:
+    if "\x00" in words + value or "\r" in words + value or any(0xD800 <= ord(c) < 0xE000 for c in words + value):
+        return
+    (node,) = [n for n in read_page(element("p", words, title=value)).walk() if n.tag == "p"]
+    assert (node.text, node.attributes["title"]) == (words, value)
+
+
+# Large runs, and runs that have got only so far
+
+
+def test_126_layers_scroll_in_their_box(tmp_path: Path) -> None:
+    made = MadeUp(layers=126)
+    made.cheapen = lambda greed, budget=None: made._depth(range(60, 126))  # type: ignore[method-assign]
+    run = made.write(tmp_path / "deep")
+    started = time.perf_counter()
+    report, page = page_of(run)
+    assert time.perf_counter() - started < 10
+    assert report["map"]["columns"] == [str(index) for index in range(126)]
+    for name in ("map", "scores"):
+        (box, *_) = page.by_id(name).all("div", "scroll")
+        drawing = box.all("svg")[0]
+        assert "fixed" in drawing.attributes["class"]
+        width = float(drawing.attributes["width"])
+        assert width / 126 >= 26  # of a column, for labels of 10 px
+        assert [t.text for t in drawing.all("text", "tick")][:126] == report["map"]["columns"]
+
+
+def test_a_scored_run_has_scores_and_says_what_is_next(run: Path) -> None:
+    for name in ("architecture.json", "results.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "distill")
+    report, page = page_of(run)
+    assert NAMES - report["notes"].keys() == {"scores"}
+    for name, note in report["notes"].items():
+        assert page.by_id(name).all("figcaption")[0].text == note and page.by_id(name).all("svg") == []
+    assert "nas search" in page.all("p", "lead")[0].text
+    assert "0.963" in page.text
+
+
+@pytest.mark.parametrize(
+    ("missing", "absent"),
+    [
+        (("finalists",), {"finalists"}),
+        (("path", "baselines", "heldout", "warnings", "optimum", "limits", "seconds"), set()),
+        (("trials",), {"history"}),
+        (("shape",), set()),
+        (("budget_bytes", "limits"), set()),
+        (("kl", "kl_se", "origin", "scenario", "shape"), set()),
+    ],
+)
+def test_keys_may_be_absent(run: Path, missing: tuple[str, ...], absent: set[str]) -> None:
+    change(run, **dict.fromkeys(missing))
+    report, page = page_of(run)
+    assert report["notes"].keys() == absent
+    assert {name for name in NAMES if page.by_id(name).all("svg")} == NAMES - absent
+
+
+def test_a_run_without_a_clock_has_no_times(run: Path) -> None:
+    found = json.loads((run / "architecture.json").read_text())
+    for cost in (found["cost"], found["parent_cost"], *(b["cost"] for b in found["baselines"].values())):
+        cost.update(tokens_per_s=None, prefill_ms=None, decode_ms=None)
+    for trial in found["trials"]:
+        trial["tokens_per_s"] = None
+    limits = {"memory": found["limits"]["memory"]}
+    change(run, **{k: found[k] for k in ("cost", "parent_cost", "baselines", "trials")}, limits=limits, clock=None)
+    report, page = page_of(run)
+    assert report["notes"].keys() == {"speed"} and "--clock" in report["notes"]["speed"]
+    assert "tokens/s" not in page.by_id("results").text and "estimate" not in page.text
+
+
+def test_a_search_on_a_table_from_elsewhere(tmp_path: Path) -> None:
+    """80 layers, names that are not ours, nothing measured: the map, the costs and the proof are there."""
+    names = [f"n_heads {8 if i % 3 else 'no_op'}, ffn x{i % 5 / 4}" for i in range(80)]
+    cost = {
+        "parameters": 49_867_145_216,
+        "fixed_bytes": 4e9,
+        "attention_bytes": 2e10,
+        "ffn_bytes": 7e10,
+        "kv_bytes": 1e10,
+    }
+    cost |= {"reserve_bytes": 0, "weight_bytes": 94e9, "total_bytes": 104e9, "gb": 104.0}
+    content = {
+        "key": "k",
+        "groups": [[str(i), "layer"] for i in range(80)],
+        "layers": names,
+        "cost": cost,
+        "parent_cost": cost | {"total_bytes": 141e9},
+        "budget_bytes": 105_000_000_000,
+        "limits": {"memory": {"low": None, "high": 105e9, "unit": "bytes"}},
+        "optimum": {"score": 3.2, "bound": 3.2, "gap": 0.0, "binding": [], "prices": {}},
+        "trials": [
+            {"number": 0, "origin": "optimum", "kl": None, "predicted_kl": 3.2, "total_bytes": 104e9, "layers": names}
+        ],
+    }
+    (tmp_path / "architecture.json").write_text(json.dumps(content))
+    report, page = page_of(tmp_path)
+    assert report["notes"].keys() == NAMES - {"map", "budget"}
+    titles = [cell.all("title")[0].text for cell in page.by_id("map").all("div", "pane-0")[0].all("g", "cell")]
+    assert titles == [f"layer {i}, {name}" for i, name in enumerate(names)]
+    assert "104 GB" in page.by_id("budget").text
+    separate = [[str(i // 2), ("attention", "ffn")[i % 2]] for i in range(80)]
+    change(tmp_path, groups=separate)
+    report, page = page_of(tmp_path)
+    assert report["map"]["parts"] == ["attention", "ffn"] and len(report["map"]["columns"]) == 40
+    assert report["map"]["models"]["child before healing"]["ffn"] == names[1::2]
+
+
+def test_results_of_an_earlier_search_are_left_out(run: Path) -> None:
+    change(run, key="another")
+    (run / "distill" / "search.json").write_text('{"search": "0123456789ab"}')
+    report, page = page_of(run)
+    assert report["notes"].keys() == {"learning"}
+    assert "child after healing" not in page.text
+
+
+def test_a_kl_that_is_no_number_is_left_out(run: Path) -> None:
+    found = json.loads((run / "architecture.json").read_text())
+    found["trials"][20]["kl"] = float("nan")
+    found["trials"][21]["kl"] = float("inf")
+    (run / "architecture.json").write_text(json.dumps(found))
+    report, page = page_of(run)
+    assert [p["number"] for p in report["points"] if p["kl"] is None] == [20, 21]
+    assert len(marks(page.by_id("history"))) == len(found["trials"]) - 2
+    json.dumps(report, allow_nan=False)
+
+
+# The command
+
+
+def test_the_command_writes_both_files_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    before = {path.name for path in run.iterdir()}
+    result = succeed("report", "--run", run)
+    assert "report.html written" in result.out
+    assert {path.name for path in run.iterdir()} - before == {"report.html", "report.json"}
+    first = (run / "report.html").read_bytes(), (run / "report.json").read_bytes()
+    printed = succeed("report", "--run", run, "--out", tmp_path / "page.html", "--json").json
+    assert printed == json.loads(first[1])
+    assert (tmp_path / "page.html").read_bytes() == first[0]  # the same run, the same page
+
+
+def test_no_run_and_damaged_files_are_one_line(run: Path, tmp_path: Path) -> None:
+    assert "no run at" in nas("report", "--run", tmp_path / "none").err
+    for name in ("architecture.json", "score.json", "results.json", "scores.csv"):
+        good = (run / name).read_bytes()
+        for bad in (b"{", b"[1]\n"):
+            (run / name).write_bytes(bad)
+            result = nas("report", "--run", run)
+            assert result.code == 1 and name in result.err and result.err.count("\n") == 1, (name, result)
+        (run / name).write_bytes(good)
+    change(run, trials=[{"number": 0, "layers": 7}])
+    with pytest.raises(CheckpointError, match=r"architecture\.json cannot be told"):
+        collect(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_real_run_is_reported_at_every_stage(world: World, tmp_path: Path) -> None:
+    for stage, there in (
+        ("scored", {"scores"}),
+        ("healed", {"map", "scores", "pareto", "predicted", "budget", "learning"}),
+    ):
+        run = world.copy(stage, tmp_path / stage)
+        report = succeed("report", "--run", run, "--json").json
+        page = read_page((run / "report.html").read_text())
+        assert {name for name in NAMES if page.by_id(name).all("svg")} == NAMES - report["notes"].keys() >= there
+    layers = json.loads((run / "architecture.json").read_text())["layers"]
+    titles = [cell.all("title")[0].text for cell in page.by_id("map").all("div", "pane-0")[0].all("g", "cell")]
+    assert len(titles) == 2 * len(layers)
+    assert "child after healing" in page.by_id("results").text
+
+
+# Small parts
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.001, 1e9), st.booleans())
+def test_ticks_are_few_round_and_inside(low: float, ratio: float, log: bool) -> None:
+    scale = Scale(low, low * ratio, 0.0, 100.0, log)
+    ticks = scale.ticks()
+    assert 2 <= len(ticks) <= 14
+    assert all(low * (1 - 1e-6) <= tick <= low * ratio * (1 + 1e-6) for tick in ticks) and ticks == sorted(set(ticks))
+    if ratio > 1.5:
+        assert all(len(f"{tick:.12g}".replace(".", "").strip("0").split("e")[0]) <= 9 for tick in ticks)
+
+
+def test_a_broken_axis_has_a_place_for_nothing() -> None:
+    scale = Scale(0.1, 10.0, 274.0, 20.0, log=True, zero=291.0)
+    assert (scale(0.0), scale(-1e-9), scale(0.1), scale(10.0), scale(1.0)) == pytest.approx((291, 291, 274, 20, 147))
+    assert scale.ticks()[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, "0"),
+        (0.05, "0.05"),
+        (1.25, "1.25"),
+        (40.0, "40"),
+        (1500.0, "1,500"),
+        (15_000.0, "15k"),
+        (2e6, "2M"),
+        (5e-5, "5e-5"),
+    ],
+)
+def test_numbers_are_readable(value: float, words: str) -> None:
+    assert plain(value) == words
+
+
+def test_rank_correlation_is_scipys() -> None:
+    from scipy.stats import spearmanr
+
+    rng = random.Random(1)
+    pairs = [(rng.randint(0, 9), rng.random()) for _ in range(40)]
+    assert spearman(pairs) == pytest.approx(float(spearmanr(*zip(*pairs, strict=True)).statistic))
+    assert spearman(pairs[:2]) is None and spearman([(1, 2), (1, 3), (1, 4)]) is None
+
+
+# Colours (WCAG 2.2: contrast of text at least 4.5)
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("palette", "name"), [(LIGHT, "light"), (DARK, "dark")])
+def test_text_can_be_read_and_sequences_are_ordered_by_lightness(palette: dict[str, str], name: str) -> None:
+    for words in ("ink", "muted", "accent"):
+        assert min(contrast(palette[words], palette[ground]) for ground in ("card", "paper")) >= 4.5, words
+    for veneer in ("k1", "k2", "k3"):
+        assert contrast(palette["on-low"], palette[veneer]) >= 4.5, veneer
+    for veneer in ("k4", "k5"):
+        assert contrast(palette["on-high"], palette[veneer]) >= 4.5, veneer
+    for sequence in ([palette[f"k{i}"] for i in range(1, 6)], ramp(SCORES[name], 9)):
+        lightness = [luminance(colour) for colour in sequence]
+        assert lightness == sorted(lightness, reverse=name == "light")
+    for marker in ("optimum", "pool", "path", "swap", "variant", "base"):
+        assert contrast(palette[marker], palette["card"]) >= 3, marker
