@@ -224,16 +224,16 @@ def _notes(report: dict[str, Any]) -> dict[str, str]:
     """Which figures there is nothing for, and what would make them."""
     measured = [point for point in report["points"] if point["kl"] is not None and point["origin"] != "parent"]
     timed = [point for point in measured if point["tokens_per_s"] is not None]
-    search, run = "run `nas search` first", report["run"]
+    search, run = "run nas search first", report["run"]
     notes = {
         "map": None if report["map"] else f"No architecture was chosen in {run} yet: {search}.",
         "scores": None if report["scores"] else "No score table lies in this run: it was searched on a table from elsewhere.",
         "pareto": None if measured else "No child was measured: without the parent at hand there is no true KL.",
-        "speed": None if timed else "No clock: give `nas search` a --clock (a profile of `nas bench`, or a device's name).",
+        "speed": None if timed else "No clock: give nas search a --clock, a profile of nas bench or the name of a device.",
         "predicted": None if any(p["predicted_kl"] for p in measured) else "No child was measured, so no prediction was checked.",
         "budget": None if any(m["cost"] for m in report["models"]) else f"No costs yet: {search}.",
         "history": None if any(p["number"] is not None for p in measured) else f"No trials yet: {search}.",
-        "finalists": None if report["finalists"] else "No finalists were healed: `nas search --finalists K` makes the last choice that way.",
-        "learning": None if report["learning"] else "The child is not healed yet: run `nas distill`.",
+        "finalists": None if report["finalists"] else "No finalists were healed: nas search --finalists K makes the last choice that way.",
+        "learning": None if report["learning"] else "The child is not healed yet: run nas distill.",
     }  # fmt: skip
     return {name: note for name, note in notes.items() if note is not None}

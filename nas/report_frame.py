@@ -158,5 +158,5 @@ def _box(x: float, y: float, anchor: str, width: float, size: float) -> tuple[fl
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    width, height = min(a[2], b[2]) - max(a[0], b[0]) + 6, min(a[3], b[3]) - max(a[1], b[1])
     return max(0.0, width) * max(0.0, height)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nas import report_bars, report_charts, report_maps, report_tables
 from nas.report_style import style_sheet
-from nas.report_svg import Markup, element, join
+from nas.report_svg import Markup, element, join, plain
 from nas.report_words import estimate, size_text
 
 Draw = Callable[[dict[str, Any]], Markup]
@@ -49,8 +49,8 @@ def _finalists_caption(report: dict[str, Any]) -> str:
 FIGURES = (
     Figure("map", "Architecture", "One column a layer. Darker (in the dark: brighter) keeps more; a dash is left out.", report_maps.architecture, True),
     Figure("scores", "Sensitivity", "Darker cells (in the dark: brighter) hurt more when this one layer is replaced; the search looks for cells that hurt little and save much.", report_maps.sensitivity, True),
-    Figure("pareto", "Quality against memory", "Down and left is better. Dots left of and below the baselines are what the search is for.", report_charts.pareto),
-    Figure("speed", "Quality against throughput", "Down and right is better: more tokens a second at less loss.", report_charts.speed),
+    Figure("pareto", "Quality against memory", "Down and left is better; the line joins what nothing beats in both.", report_charts.pareto),
+    Figure("speed", "Quality against throughput", "Down and right is better; the line joins what nothing beats in both.", report_charts.speed),
     Figure("predicted", "Predicted against measured", _predicted_caption, report_charts.predicted),
     Figure("budget", "Where the bytes go", "What was cut, and what no choice changes, against the budget.", report_bars.budget),
     Figure("history", "The search", "How soon the best child was found, and by which proposer.", report_charts.history),
@@ -61,7 +61,7 @@ FIGURES = (
 
 def page(report: dict[str, Any]) -> str:
     """The whole page of a report (nas/report.py says what is in one)."""
-    figures = [_figure(report, figure) for figure in FIGURES]
+    figures = [_figure(report, figure) for figure in FIGURES if figure.name not in report["notes"]]
     if report["made"]:
         figures.append(_card("made", "How the scores were made", "A rank correlation near 1: cheap scores order candidates as exact ones do.", report_tables.scores_made(report)))  # fmt: skip
     if report["models"]:
@@ -78,16 +78,23 @@ def page(report: dict[str, Any]) -> str:
         element("title", f"{report['run']} · marquetry"),
         element("style", Markup(style_sheet(report_maps.LEVELS, panes))),
     ]
-    body = element("main", *_headline(report), element("div", *figures, class_="cards"), _foot(report))
+    body = element("main", *_headline(report), element("div", *figures, class_="cards"), _absent(report), _foot(report))
     return "<!doctype html>\n" + element("html", element("head", *head), element("body", body), lang="en") + "\n"
 
 
 def _figure(report: dict[str, Any], figure: Figure) -> Markup:
-    if note := report["notes"].get(figure.name):
-        parts = (element("h2", figure.title), element("figcaption", note))
-        return element("figure", *parts, id=figure.name, class_="absent")
     caption = figure.caption if isinstance(figure.caption, str) else figure.caption(report)
     return _card(figure.name, figure.title, caption, figure.draw(report), figure.wide)
+
+
+def _absent(report: dict[str, Any]) -> Markup:
+    """What this run has not got to, and what would make it."""
+    notes = []
+    for figure in FIGURES:
+        if note := report["notes"].get(figure.name):
+            parts = (element("h2", figure.title), element("figcaption", note))
+            notes.append(element("figure", *parts, id=figure.name, class_="absent"))
+    return element("div", *notes, class_="notes") if notes else Markup()
 
 
 def _card(name: str, heading: str, caption: str, content: Markup, wide: bool = False) -> Markup:
@@ -123,7 +130,7 @@ def _sentence(report: dict[str, Any]) -> str:
         return "Candidates are scored; no child is chosen yet. Next: nas search."
     share = child["cost"]["total_bytes"] / parent["cost"]["total_bytes"]
     sizes = f"{size_text(child['cost']['total_bytes'])} of {size_text(parent['cost']['total_bytes'])}"
-    words = [f"The child of {report['parent'] or 'its parent'} keeps {share:.1%} of the parent's memory ({sizes})"]
+    words = [f"The child of {_short_name(report['parent'])} keeps {share:.1%} of the parent's memory ({sizes})"]
     fast = [model["cost"].get("tokens_per_s") for model in (child, parent)]
     if all(fast):
         words.append(
@@ -136,6 +143,11 @@ def _sentence(report: dict[str, Any]) -> str:
         if uniform is not None:
             words.append(f"; a uniform child of this budget has {uniform:.3g}")
     return "".join(words) + "."
+
+
+def _short_name(parent: str | None) -> str:
+    """A directory's own name; hub ids and embedded names as they are."""
+    return "its parent" if not parent else parent.rstrip("/").rpartition("/")[2] if parent[0] in "/.~" else parent
 
 
 def _best_known_kl(report: dict[str, Any], model: dict[str, Any] | None) -> tuple[float | None, str]:
@@ -175,7 +187,8 @@ def _tiles(report: dict[str, Any]) -> list[Markup]:
             (size_text(cost["total_bytes"]), "memory" if not limit else f"memory, of a budget of {size_text(limit)}")
         )
     if cost.get("parameters") is not None:
-        tiles.append((f"{cost['parameters'] / 1e6:,.4g} M", "parameters"))
+        size, unit = (1e9, "B") if cost["parameters"] >= 1e9 else (1e6, "M")
+        tiles.append((f"{cost['parameters'] / size:.4g} {unit}", "parameters"))
     for model, words in ((child, "before healing"), (healed, "after healing")):
         kl = ((model or {}).get("heldout") or {}).get("kl")
         if kl is not None:
@@ -191,7 +204,7 @@ def _tiles(report: dict[str, Any]) -> list[Markup]:
         )
     gap = (report["optimum"] or {}).get("gap")
     if gap is not None:
-        tiles.append((f"{gap:.2g}", "gap of the proven optimum (nats/token)"))
+        tiles.append((plain(gap), "gap of the proven optimum (nats/token)"))
     return [element("div", element("b", number), element("span", words), class_="tile") for number, words in tiles]
 
 

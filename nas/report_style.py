@@ -122,7 +122,10 @@ h2{font-size:18.5px;margin:0 0 2px}
 figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;margin:0;padding:18px 20px 16px;min-width:0}
 figure.wide{grid-column:1/-1}
 figcaption{color:var(--muted);font-size:13.5px;margin:0 0 12px}
-figure.absent figcaption{margin:0}
+.notes{display:grid;grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:20px;margin-top:20px}
+.absent{background:none;border-style:dashed}
+.absent h2{font-size:15.5px;color:var(--muted)}
+.absent figcaption{margin:0}
 svg{display:block;overflow:visible}
 svg.fluid{width:100%;height:auto}
 text{fill:var(--ink);font-size:11px}

@@ -318,7 +318,7 @@ def test_markup_in_names_is_shown_not_obeyed(run: Path) -> None:
     _, page = page_of(run)
     assert page.all("script") == []
     assert page.all("p", "warning")[0].text == f"Warning: {bad}"
-    assert bad in page.all("p", "lead")[0].text
+    assert bad in page.all("p", "facts")[0].text
     assert any(bad in label.text for label in page.by_id("map").all("label"))
     assert any(entry.text == bad for entry in page.by_id("history").all("li"))
 
