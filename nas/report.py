@@ -6,7 +6,7 @@
 Keys of report.json: KL is in nats per token, a size in bytes unless it is named gb (1e9 bytes), null where nothing is known.
 
     run, parent, scenario, limits, clock, budget_bytes, formula, optimum, warnings, seconds    as in architecture.json
-    models      parent, child, baselines, healed child: name, kind, cost, layers, kl, kl_se (calibration text), heldout
+    models      parent, child, baselines, healed child, children of a sweep's other budgets: name, kind, cost, layers, kl, kl_se (calibration text), heldout
     points      every child measured, the parent and the baselines among them, once each
     map         columns, parts (rows), the parts of each architecture, and the share of the parent's bytes that a part keeps
     scores      the score table by candidate and layer, with the chosen candidate of each layer
@@ -62,7 +62,7 @@ def _report(directory: Path, found: dict[str, Any], made: dict[str, Any]) -> dic
     if results.get("search") != found.get("key"):
         results = {}  # of an earlier search: not this child's
     healing = _json(directory / "distill" / "search.json").get("search") in (None, found.get("key"))
-    models = _models(found, results)
+    models = _models(found, results) + _family(directory, found)
     report: dict[str, Any] = {"format": FORMAT, "run": directory.resolve().name}
     report |= {key: found.get(key) for key in AS_THEY_ARE}
     report |= {
@@ -129,6 +129,21 @@ def _models(found: dict[str, Any], results: dict[str, Any]) -> list[dict[str, An
     return models
 
 
+def _family(directory: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Children of the other budgets of a `nas search --sweep` whose last member is this run's child."""
+    members = _json(directory / "family.json").get("members") or []
+    if not found or not any(m.get("directory") == "." and m.get("layers") == found.get("layers") for m in members):
+        return []
+    models = []
+    for member in members:
+        if member.get("directory") != ".":
+            own = _json(directory / member["directory"] / "architecture.json")
+            cost, heldout = own.get("cost"), (own.get("heldout") or {}).get("child")
+            facts = {key: own.get(key, member.get(key)) for key in ("layers", "kl", "kl_se", "predicted_kl")}
+            models.append(_model(f"budget {member['share']:g}", "family", facts, cost, heldout))
+    return models
+
+
 def _model(name: str, kind: str, facts: dict[str, Any], cost: Any, heldout: Any) -> dict[str, Any]:
     keys = ("kl", "kl_se", "perplexity", "top1_agreement")
     return {
@@ -138,6 +153,7 @@ def _model(name: str, kind: str, facts: dict[str, Any], cost: Any, heldout: Any)
         "cost": cost,
         "kl": facts.get("kl"),
         "kl_se": facts.get("kl_se"),
+        "predicted_kl": facts.get("predicted_kl"),
         "heldout": None if not heldout else {key: heldout.get(key) for key in keys},
     }
 
@@ -197,8 +213,8 @@ def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[st
         step = {**step, "total_bytes": step.get("total_bytes", step.get("budget_bytes"))}
         add(f"path step {index + 1}", "path", step)
     for model in models:
-        if model["kind"] in found.get("baselines", {}) or model["kind"] == "child":
-            facts = {**(model["cost"] or {}), **{key: model[key] for key in ("kl", "kl_se", "layers")}}
+        if model["kind"] in found.get("baselines", {}) or model["kind"] in ("child", "family"):
+            facts = {**(model["cost"] or {}), **{key: model[key] for key in ("kl", "kl_se", "predicted_kl", "layers")}}
             add(model["name"], found.get("origin", "child") if model["kind"] == "child" else model["kind"], facts)
     return points
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nas.report_charts import style
-from nas.report_frame import HEIGHT, LEFT, WIDTH, X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker
+from nas.report_frame import HEIGHT, WIDTH, X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker
 from nas.report_svg import (
     Markup,
     Scale,
@@ -44,10 +44,12 @@ def budget(report: dict[str, Any]) -> Markup:
     parts = [_byte_axis(x, top, bottom, unit)]
     for index, model in enumerate(models):
         parts.append(_bar(model, x, top + GAP / 2 + index * (BAR + GAP), factor))
-    if limit:
+    if limit:  # over the bars, under the words
         at = x(limit / factor)
         parts.append(line(at, top - 6, at, bottom, "limit"))
         parts.append(text(at, top - 11, f"budget {size_text(limit)}", "limit-text", "middle"))
+    for index, model in enumerate(models):
+        parts.append(_bar_words(model, x, top + GAP / 2 + index * (BAR + GAP), factor))
     entries = [("fill", class_, words) for key, class_, words in KINDS if any(m["cost"].get(key) for m in models)]
     if limit:
         entries.append(("line", "limit", "the budget"))
@@ -68,7 +70,6 @@ def _byte_axis(x: Scale, top: float, bottom: float, unit: str) -> Markup:
 def _bar(model: dict[str, Any], x: Scale, y: float, factor: float) -> Markup:
     cost, parts, at = model["cost"], [], x.start
     name = "child" if model["kind"] == "child" else model["name"]
-    strong = " strong" if name == "child" else ""
     for key, class_, words in KINDS:
         width = x(cost.get(key, 0) / factor) - x.start
         if width > 0:
@@ -77,9 +78,14 @@ def _bar(model: dict[str, Any], x: Scale, y: float, factor: float) -> Markup:
             box = {"x": at, "y": y, "width": width, "height": BAR}
             parts.append(element("rect", tip, class_=class_, data_bytes=cost[key], **box))
             at += width
-    parts.append(text(x.start - 9, y + BAR / 2 + 4, name, f"name{strong}", "end"))
-    parts.append(text(at + 6, y + BAR / 2 + 4, size_text(cost["total_bytes"]), f"total{strong}"))
     return join(*parts)
+
+
+def _bar_words(model: dict[str, Any], x: Scale, y: float, factor: float) -> Markup:
+    """The model's name before its bar, and the sum behind it."""
+    child, total, base = model["kind"] == "child", model["cost"]["total_bytes"], y + BAR / 2 + 4
+    name = text(x.start - 9, base, "child" if child else model["name"], "name strong" if child else "name", "end")
+    return join(name, text(x(total / factor) + 6, base, size_text(total), "total strong" if child else "total"))
 
 
 def finalists(report: dict[str, Any]) -> Markup:
@@ -127,8 +133,9 @@ def learning(report: dict[str, Any]) -> Markup:
     """Held-out KL of the child while it heals."""
     evaluations = report["learning"]
     x = linear_scale([e["tokens"] for e in evaluations], *X_RANGE, from_zero=True)
-    y = log_scale([e["kl"] for e in evaluations], *Y_RANGE)
-    best = min(evaluations, key=lambda e: e["kl"])
+    best, worst = (end(evaluations, key=lambda e: e["kl"]) for end in (min, max))
+    room = best["kl"] / max(1.02, (worst["kl"] / best["kl"]) ** 0.12) if best["kl"] > 0 else 0.0  # for words below
+    y = log_scale([room, *(e["kl"] for e in evaluations)], *Y_RANGE)
     points = [(x(e["tokens"]), y(e["kl"])) for e in evaluations]
     parts = [
         chart_frame(x, y, "healing tokens", "held-out KL to the parent (nats/token)"),
@@ -141,15 +148,7 @@ def learning(report: dict[str, Any]) -> Markup:
         data = {"data_x": e["tokens"], "data_y": f"{e['kl']:.12g}"}
         parts.append(error_bar(at, y, e["kl"], e["kl_se"], "o-child"))
         parts.append(marker(at, height, "star" if e is best else "circle", "o-child", about, **data))
-    words = f"best {best['kl']:.4f}"
-    parts.append(
-        text(
-            x(best["tokens"]),
-            y(best["kl"]) - 13,
-            words,
-            "name strong",
-            "end" if x(best["tokens"]) > LEFT + 90 else "start",
-        )
-    )
+    side = "end" if x(best["tokens"]) > WIDTH / 2 else "start"
+    parts.append(text(x(best["tokens"]), y(best["kl"]) + 19, f"best {best['kl']:.4f}", "name strong", side))
     entries = [("circle", "o-child", "held-out evaluation"), ("star", "o-child", "lowest: the weights that are kept")]
     return join(svg(WIDTH, HEIGHT, "held-out KL over healing tokens", *parts), legend(entries))

@@ -21,6 +21,7 @@ ORIGINS = {
     "path": ("up", "o-path", "path"),
     "around": ("down", "o-path", "scored again around the best"),
     "swap": ("square", "o-swap", "swaps"),
+    "family": ("diamond", "o-child", "children of other budgets"),
     "uniform": ("square", "o-base", "uniform"),
     "depth-contiguous": ("up", "o-base", "depth-contiguous"),
     "depth-score": ("down", "o-base", "depth-score"),

@@ -71,8 +71,8 @@ def error_bar(x: float, y: Scale, value: float, error: float | None, class_: str
     """One standard error to each side, upright at `x`."""
     if not error or value <= 0:
         return Markup()
-    low = max(value - error, y.low) if y.log else value - error
-    return line(x, y(low), x, y(value + error), f"error {class_}")
+    low, high = (min(max(end, y.low), y.high) for end in (value - error, value + error))
+    return line(x, y(low), x, y(high), f"error {class_}")
 
 
 CHARACTER = 0.57  # mean width of a character, in ems: to place labels without a browser

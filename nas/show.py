@@ -228,6 +228,7 @@ def paths(run: Run) -> RenderableType:
         "healed": "healed child",
         "distill/metrics.jsonl": "healing metrics",
         "results.json": "results",
+        "report.html": "report",
     }
     lines = [f"{what:<22}{run.path(name)}" for name, what in made.items() if run.has(name)]
     return Text("\n".join(lines))

@@ -431,6 +431,25 @@ def test_a_search_on_a_table_from_elsewhere(tmp_path: Path) -> None:
     assert report["map"]["models"]["child before healing"]["ffn"] == names[1::2]
 
 
+def test_a_sweep_shows_the_children_of_its_other_budgets(run: Path) -> None:
+    found = json.loads((run / "architecture.json").read_text())
+    other = dict(found, layers=found["baselines"]["random"]["layers"][::-1], kl=0.111, kl_se=0.002, predicted_kl=0.1)
+    other["cost"] = found["cost"] | {"total_bytes": 400_000_000}
+    (run / "family" / "0.900").mkdir(parents=True)
+    (run / "family" / "0.900" / "architecture.json").write_text(json.dumps(other))
+    members = [{"share": 0.9, "directory": "family/0.900"}, {"share": 0.6, "directory": ".", "layers": found["layers"]}]
+    (run / "family.json").write_text(json.dumps({"members": members}))
+    report, page = page_of(run)
+    (point,) = [p for p in report["points"] if p["origin"] == "family"]
+    assert [point[key] for key in ("name", "gb", "kl", "predicted_kl")] == ["budget 0.9", 0.4, 0.111, 0.1]
+    for name in ("pareto", "speed", "predicted"):
+        assert "budget 0.9" in [mark for mark, _, _ in marks(page.by_id(name))]
+    assert report["map"]["models"]["budget 0.9"]["attention"][0] == other["layers"][0].split("+")[0]
+    assert "0.1110 ± 0.0020" in page.by_id("results").text
+    change(run, layers=other["layers"])  # another search since: the family is not this child's
+    assert [m for m in collect(run)["models"] if m["kind"] == "family"] == []
+
+
 def test_results_of_an_earlier_search_are_left_out(run: Path) -> None:
     change(run, key="another")
     (run / "distill" / "search.json").write_text('{"search": "0123456789ab"}')
