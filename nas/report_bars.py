@@ -38,7 +38,7 @@ def budget(report: dict[str, Any]) -> Markup:
     limit = (report["limits"].get("memory") or {}).get("high") or report["budget_bytes"]
     largest = max([model["cost"]["total_bytes"] for model in models] + ([limit] if limit else []))
     unit, factor = byte_unit(largest)
-    x = Scale(0, largest / factor * 1.02, NAMES, WIDTH - 58)
+    x = Scale(0, largest / factor * 1.02, NAMES, WIDTH - 72)
     top = 24.0
     bottom = top + len(models) * (BAR + GAP)
     parts = [_byte_axis(x, top, bottom, unit)]
@@ -49,7 +49,7 @@ def budget(report: dict[str, Any]) -> Markup:
         parts.append(line(at, top - 6, at, bottom, "limit"))
         parts.append(text(at, top - 11, f"budget {size_text(limit)}", "limit-text", "middle"))
     for index, model in enumerate(models):
-        parts.append(_bar_words(model, x, top + GAP / 2 + index * (BAR + GAP), factor))
+        parts.append(_bar_words(model, x.start, top + GAP / 2 + index * (BAR + GAP)))
     entries = [("fill", class_, words) for key, class_, words in KINDS if any(m["cost"].get(key) for m in models)]
     if limit:
         entries.append(("line", "limit", "the budget"))
@@ -81,11 +81,11 @@ def _bar(model: dict[str, Any], x: Scale, y: float, factor: float) -> Markup:
     return join(*parts)
 
 
-def _bar_words(model: dict[str, Any], x: Scale, y: float, factor: float) -> Markup:
-    """The model's name before its bar, and the sum behind it."""
+def _bar_words(model: dict[str, Any], start: float, y: float) -> Markup:
+    """The model's name before its bar, and the sum in a column of its own, clear of the budget line."""
     child, total, base = model["kind"] == "child", model["cost"]["total_bytes"], y + BAR / 2 + 4
-    name = text(x.start - 9, base, "child" if child else model["name"], "name strong" if child else "name", "end")
-    return join(name, text(x(total / factor) + 6, base, size_text(total), "total strong" if child else "total"))
+    name = text(start - 9, base, "child" if child else model["name"], "name strong" if child else "name", "end")
+    return join(name, text(WIDTH - 2, base, size_text(total), "total strong" if child else "total", "end"))
 
 
 def finalists(report: dict[str, Any]) -> Markup:

@@ -43,7 +43,7 @@ def _predicted_caption(report: dict[str, Any]) -> str:
 def _finalists_caption(report: dict[str, Any]) -> str:
     curves = [[h["kl"] for h in finalist["heal"] if h.get("kl") is not None] for finalist in report["finalists"]]
     agreement = report_tables.agreement([(curve[0], curve[-1]) for curve in curves if len(curve) > 1])
-    return f"Lines that cross: the order before healing is not the order after it.{agreement}"
+    return f"Where lines cross, the order before healing is not the order after it.{agreement}"
 
 
 FIGURES = (
