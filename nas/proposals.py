@@ -23,7 +23,7 @@ from nas.solve import solve
 
 DISTRUST = 0.5  # r: standard deviation of a score's error, as a share of it
 LEAST = 0.02  # e: the same for the smallest scores, as a share of the mean score
-NOISE = 0.05  # what is not additive, as a share of the best KL
+NOISE = 0.05  # what is not additive, as a share of the largest misfit of the table
 CHANGES = (1, 2, 2, 3, 4, 6)  # layers that a proposal changes at most
 BEST = 4  # a proposal starts from one of so many
 ATTEMPTS = 6
@@ -51,7 +51,8 @@ class Proposer:
         Args:
             measured: all true KLs so far.
         """
-        within = sorted(((kl, a) for a, kl in measured if self.candidates.allows(a)), key=lambda pair: pair[0])
+        choices = ((kl, a, self.candidates.choice(a)) for a, kl in measured)
+        within = sorted(((kl, a) for kl, a, c in choices if self.candidates.excess(c) <= 0), key=lambda pair: pair[0])
         if not within:
             return self.candidates.architecture(self.candidates.optimum().choice)
         for _ in range(ATTEMPTS):
@@ -64,20 +65,30 @@ class Proposer:
         return self._shaken(within[0][1], known, rng)
 
     def draw(self, measured: Sequence[Measured], rng: np.random.Generator) -> list[list[float]]:
-        """Scores drawn from the posterior, by layer as in the table, in nats of true KL."""
+        """Scores drawn from the posterior (of no measured child: the prior), by layer as in the table, in nats of true KL."""
         scores = [np.asarray(row) for row in self.candidates.scores]
+        if not measured:
+            return [
+                (row + rng.normal(size=len(row)) * width).tolist()
+                for row, width in zip(scores, self._spread(1.0), strict=True)
+            ]
         choices = np.array([self.candidates.choice(architecture) for architecture, _ in measured])
         true = np.array([kl for _, kl in measured])
         predicted = np.array([sum(row[c] for row, c in zip(scores, choice, strict=True)) for choice in choices])
         factor = float(np.median(true / np.maximum(predicted, 1e-9)))
-        mean = float(np.mean([score for row in scores for score in row if score > 0] or [1.0]))
-        spread = [factor * (DISTRUST * np.maximum(row, 0.0) + LEAST * mean) for row in scores]
+        spread = self._spread(factor)
         prior = [rng.normal(size=len(row)) * width for row, width in zip(scores, spread, strict=True)]
         correction = self._towards(choices, true - factor * predicted, spread, prior, rng)
         return [
             (factor * row + noise + change).tolist()
             for row, noise, change in zip(scores, prior, correction, strict=True)
         ]
+
+    def _spread(self, factor: float) -> list[NDArray[np.float64]]:
+        """Standard deviations of the prior, by layer."""
+        scores = self.candidates.scores
+        mean = float(np.mean([score for row in scores for score in row if score > 0] or [1.0]))
+        return [factor * (DISTRUST * np.maximum(np.asarray(row), 0.0) + LEAST * mean) for row in scores]
 
     def _towards(
         self,

@@ -39,4 +39,6 @@ class _Swaps:
         measured: list[Measured] = [(architecture_of(t.params), float(t.value or 0.0)) for t in complete]
         known = {tuple(sorted(t.params.items())) for t in taken}
         found = self.proposer(measured, lambda a: tuple(sorted(parameters(a).items())) in known, rng)
+        if found is None and complete:  # nothing else is left; to repeat the best one costs nothing
+            return min(complete, key=lambda t: (any(x > 0 for x in t.constraints.values()), t.value)).params
         return {} if found is None else parameters(found)
