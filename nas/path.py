@@ -67,6 +67,10 @@ def changes_around(assembler: Assembler, candidates: Candidates, child: Child, h
             sweep, library, candidates.specs[index], streams.take(index), gradients, ("tok", "first"), around
         )
         found[index] = (scores["tok"] + scores["first"]).mean(1).tolist()
+        if (
+            child.architecture[index] in candidates.specs[index]
+        ):  # but for rounding, in another order of the same products
+            found[index][candidates.specs[index].index(child.architecture[index])] = 0.0
     return [found[index] for index in range(len(child.layers))]
 
 
