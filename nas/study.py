@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import optuna
 import psutil
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage
@@ -33,7 +35,9 @@ from blocks.spec import Architecture, LayerSpec
 LOCK_SECONDS = 5  # a lock older than this was left by a killed process; a trial is written in milliseconds
 SILENT_SECONDS = 900  # a running trial of another machine that is older than this has lost its worker
 UNNAMED_SECONDS = 60  # one that has not even said whose it is
+CLOCK_SECONDS = 5  # by which two processes may differ about when a third was started
 POLL_SECONDS = 0.5
+FIXED = "fixed_params"  # where Optuna keeps what is queued
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 
@@ -72,7 +76,7 @@ class Ledger:
                     sampler=sampler,
                     pruner=pruner or optuna.pruners.NopPruner(),
                 )
-            except (ValueError, KeyError, TypeError) as error:  # lines that are not JSON, or not of Optuna
+            except (ValueError, KeyError, TypeError, AssertionError) as error:  # lines not of JSON, or not of Optuna
                 raise CheckpointError(
                     f"{storage} is damaged ({error!r}); delete it and run `nas search` again"
                 ) from error
@@ -91,29 +95,36 @@ class Ledger:
         None (no limit) asks only the queue. Returns None if there is nothing to do, though others may be still at work.
         """
         self.put_back()
-        trials = self.trials
-        if not any(t.state == TrialState.WAITING for t in trials):
-            begun = sum(t.state in (*DONE, *OPEN) for t in trials)
-            if most is None or begun >= most:
-                return None
+        if all(trial.state != TrialState.WAITING for trial in self.trials) and self._begun() >= (most or 0):
+            return None
         with write_errors(Path(str(self.storage))):
-            trial = self.study.ask(self.distributions)  # type: ignore[arg-type]
-            trial.set_user_attr("worker", this_worker())
+            trial = self.study.ask()
+            trial.set_user_attr("worker", this_worker())  # before the sampler, who may take long, so that others know
+            for name, distribution in self.distributions.items():
+                trial.suggest_categorical(name, distribution.choices)
+            if FIXED not in self.trials[trial.number].system_attrs and self._begun(trial.number) >= (most or 0):
+                self.study.tell(trial, state=TrialState.FAIL)  # another worker was quicker with the last one
+                return None
         return trial
+
+    def _begun(self, before: int | None = None) -> int:
+        """Trials that are queued, begun or done; those with a smaller number than `before`."""
+        return sum(trial.state in (*DONE, *OPEN) for trial in self.trials[:before])
 
     def put_back(self) -> None:
         """Queues again what a worker had begun that is no more."""
         for trial in self.trials:
             if trial.state != TrialState.RUNNING or not _orphaned(trial):
                 continue
+            wanted = _wanted(trial)
+            known = (other for other in self.trials if other.state in (*DONE, TrialState.WAITING))
+            again = {name: value for name, value in trial.user_attrs.items() if name != "worker"}
             with write_errors(Path(str(self.storage))):
-                try:
+                # In this order: killed in between, this process loses nothing either.
+                if len(wanted) == len(self.distributions) and all(_wanted(other) != wanted for other in known):
+                    self.study.enqueue_trial(dict(wanted), again | {"begun_before": trial.number})
+                with suppress(ValueError, UpdateFinishedTrialError):  # another worker was quicker
                     self.study.tell(trial.number, state=TrialState.FAIL)
-                except ValueError:  # another worker was quicker
-                    continue
-                if len(trial.params) == len(self.distributions):
-                    again = {name: value for name, value in trial.user_attrs.items() if name != "worker"}
-                    self.study.enqueue_trial(trial.params, again | {"begun_before": trial.number})
 
     def wait(self, on_wait: Callable[[int], None] | None = None) -> bool:
         """Waits until no trial is open. Returns False at once if one is in the queue (a worker died): it must be taken."""
@@ -164,8 +175,7 @@ class Ledger:
         """The trial of a child that is measured, being measured or queued."""
         wanted = parameters(architecture)
         for trial in self.trials:
-            known = trial.params or trial.system_attrs.get("fixed_params", {})
-            if trial.state in (*DONE, *OPEN) and known == wanted:
+            if trial.state in (*DONE, *OPEN) and _wanted(trial) == wanted:
                 return trial
         return None
 
@@ -203,6 +213,12 @@ def architecture_of(params: Mapping[str, Any]) -> Architecture:
     return Architecture(tuple(LayerSpec.parse(f"{params[f'{l}.attention']}+{params[f'{l}.ffn']}") for l in layers))
 
 
+def _wanted(trial: FrozenTrial) -> Mapping[str, Any]:
+    """The parameters of a trial, also of one that is only queued or whose worker has not read them all."""
+    fixed: Mapping[str, Any] = trial.system_attrs.get(FIXED, trial.params)
+    return fixed
+
+
 def this_worker() -> str:
     """Names this process so that others can tell whether it still lives."""
     return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
@@ -216,7 +232,10 @@ def _orphaned(trial: FrozenTrial) -> bool:
     if host != socket.gethostname():  # also one that died before it could say who it was
         return silent > (SILENT_SECONDS if host else UNNAMED_SECONDS)
     try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" != created
+        process = psutil.Process(int(pid))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        return abs(process.create_time() - float(created)) > CLOCK_SECONDS
     except psutil.NoSuchProcess:
         return True
 
@@ -226,7 +245,7 @@ def _open(storage: Path | str) -> BaseStorage:
         try:
             return optuna.storages.get_storage(storage)
         except Exception as error:  # whatever a database driver raises
-            raise ConfigError(f"--storage {storage}: cannot open it ({error})") from error
+            raise ConfigError(f"--storage {storage}: cannot open it ({' '.join(str(error).split())})") from error
     path = Path(storage).resolve()  # the lock is a link, which must hold from any directory
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=LOCK_SECONDS)

@@ -10,9 +10,11 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from blocks.spec import Architecture
@@ -60,7 +62,8 @@ class Trials:
             show()
             while True:
                 while (trial := self.ledger.take(most)) is not None:
-                    self.measure(trial)
+                    with suppress(UpdateFinishedTrialError):  # others took this worker for dead and do it again
+                        self.measure(trial)
                     show()
                 if self.ledger.wait(lambda running: show(f"waiting for {running} of other workers")):
                     return
