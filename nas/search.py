@@ -48,6 +48,7 @@ from nas.solve import Solution
 from nas.study import Ledger, architecture_of
 from nas.table import load_table
 from nas.trials import Trials, origin_of, pruner
+from nas.turns import turn
 
 FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune")
 """Settings that another search with the same ledger may change: they say what is measured, not what comes out."""
@@ -153,8 +154,11 @@ class Search:
         self.walk_path(trials)
         self.look_around(trials)
         trials.run(self.config.trials)
-        chosen, finalists = self.choose(trials)
-        return self.write(optimum, trials, chosen, finalists)
+        with turn(self.run.path("config.yaml")):
+            if (done := self.done) is not None:  # another worker in this directory was quicker
+                return done
+            chosen, finalists = self.choose(trials)
+            return self.write(optimum, trials, chosen, finalists)
 
     def begin(self, optimum: Solution) -> Trials:
         """Opens the ledger and queues what is known before anything is measured."""
@@ -180,6 +184,14 @@ class Search:
         if not self.has_library:
             self.reporter.say("  no path: it needs the block library on disk (`nas score --library keep`)")
             return
+        with turn(self.run.path("config.yaml")):
+            steps = self._walk()
+        if steps and self.candidates.allows(steps[-1].architecture):
+            trials.ledger.queue(steps[-1].architecture, "path")
+            trials.run()
+
+    def _walk(self) -> list[Step]:
+        """Does what is missing of the path."""
         steps = self.path
         with self.reporter.bar("Path to the limits", self.config.path_steps) as (bar, task):
             bar.update(task, completed=len(steps))
@@ -194,9 +206,7 @@ class Search:
                     {"study": self.study_name, "start": self.path_start.to_list(), "steps": rows},
                 )
                 bar.update(task, completed=len(steps), note=f"KL {step.kl:.4f}, {step.predicted:.4f} foreseen")
-        if steps and self.candidates.allows(steps[-1].architecture):
-            trials.ledger.queue(steps[-1].architecture, "path")
-            trials.run()
+        return steps
 
     @property
     def path_start(self) -> Architecture:

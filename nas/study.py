@@ -37,6 +37,7 @@ SILENT_SECONDS = 900  # a running trial of another machine that is older than th
 UNNAMED_SECONDS = 60  # one that has not even said whose it is
 CLOCK_SECONDS = 5  # by which two processes may differ about when a third was started
 POLL_SECONDS = 0.5
+OPENINGS = 5  # of a database
 FIXED = "fixed_params"  # where Optuna keeps what is queued
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
@@ -242,15 +243,27 @@ def _orphaned(trial: FrozenTrial) -> bool:
 
 def _open(storage: Path | str) -> BaseStorage:
     if isinstance(storage, str) and "://" in storage:
-        try:
-            return optuna.storages.get_storage(storage)
-        except Exception as error:  # whatever a database driver raises
-            raise ConfigError(f"--storage {storage}: cannot open it ({' '.join(str(error).split())})") from error
+        return _open_database(storage)
     path = Path(storage).resolve()  # the lock is a link, which must hold from any directory
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalFileSymlinkLock(str(path), grace_period=LOCK_SECONDS)
     _drop_half_line(path, lock)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+def _open_database(url: str) -> BaseStorage:
+    """Workers that start at once may get into each other's way while they make the tables; then it is tried again."""
+    for attempt in range(OPENINGS):
+        try:
+            return optuna.storages.get_storage(url)
+        except Exception as error:  # whatever a database driver raises
+            text = " ".join(str(error).split())
+            if attempt + 1 == OPENINGS or not any(
+                word in text.lower() for word in ("exist", "unique", "dupl", "locked")
+            ):
+                raise ConfigError(f"--storage {url}: cannot open it ({text})") from error
+            time.sleep(POLL_SECONDS * (1 + attempt))
+    raise AssertionError("unreachable")
 
 
 def _drop_half_line(path: Path, lock: JournalFileSymlinkLock) -> None:
