@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STEPS = np.geomspace(0.05, 15.0, 8)  # lengths of the directions, in widths per largest use of a row
-MIXED = 12  # mixed directions a length
+STEPS = np.geomspace(0.1, 1.5, 4)  # lengths of the directions, in widths per spread of what candidates use
+MIXED = 40  # mixed directions a length
 AT_ONCE = 16  # directions in one product
 FEW = 64  # states that are not worth looking for equals among
 
@@ -51,19 +51,22 @@ def explore(groups: list[Group], slack: np.ndarray, prices: np.ndarray, width: f
         prices: [rows], the relaxation's.
         most: states kept after each group.
     """
-    order, sizes = _order(groups)
-    directions = _directions(prices, sizes, width)
+    if not groups:
+        fits = bool((slack >= 0).all())
+        return Explored(() if fits else None, float(slack @ prices) if fits else math.inf, math.inf)
+    order, directions = _order(groups), _directions(groups, prices, width)
     ahead = [(np.zeros(len(directions)), np.zeros(len(slack), dtype=np.int64))]
     for group in reversed(order):
         least, use = ahead[0]
         here = (groups[group].reduced + directions @ groups[group].use.T).min(axis=1)
         ahead.insert(0, (least + here, use + groups[group].use.min(axis=0)))
+    finest = _finest(groups)
     costs, uses = np.zeros(1), np.zeros((1, len(slack)), dtype=np.int64)
     history: list[tuple[np.ndarray, np.ndarray]] = []
     missed = math.inf
     for group, (least, smallest) in zip(order, ahead[1:], strict=True):
         costs, uses, parents, picks = _grow(costs, uses, groups[group], width, slack - smallest)
-        kept = _cheapest_of_equals(costs, uses)
+        kept = _undominated(costs - uses @ prices, uses, finest)
         costs, uses, parents, picks = costs[kept], uses[kept], parents[kept], picks[kept]
         kept, bounds = _promising(costs, uses - slack, directions, least, width)
         if len(kept) > most:
@@ -86,23 +89,35 @@ def explore(groups: list[Group], slack: np.ndarray, prices: np.ndarray, width: f
     return Explored(tuple(choice), float(totals.min()), missed)
 
 
-def _order(groups: list[Group]) -> tuple[list[int], np.ndarray]:
-    """Groups by what they can move, the most first, so that the last ones cannot repair much; and each row's largest use."""
-    rows = groups[0].use.shape[1] if groups else 0
-    largest = [np.abs(group.use).max(axis=0, initial=0) for group in groups]
-    sizes = np.maximum(np.max(largest, axis=0, initial=1), 1) if groups else np.ones(rows)
+def _order(groups: list[Group]) -> list[int]:
+    """Groups by what they can move, the most first, so that the last ones cannot repair much."""
+    sizes = np.max([np.abs(group.use).max(axis=0, initial=0) for group in groups], axis=0, initial=1)
     moves = [float((np.abs(group.use) / sizes).sum(axis=1).max(initial=0.0)) for group in groups]
-    return sorted(range(len(groups)), key=lambda g: -moves[g]), sizes.astype(float)
+    return sorted(range(len(groups)), key=lambda g: -moves[g])
 
 
-def _directions(prices: np.ndarray, sizes: np.ndarray, width: float) -> np.ndarray:
-    """Changes of the prices, [directions, rows]: none, one row up or down, and mixed; none leaves a price below 0."""
+def _finest(groups: list[Group]) -> int:
+    """The row in which the candidates of a group differ most."""
+    different = [[len(np.unique(column)) for column in group.use.T] for group in groups]
+    return int(np.argmax(np.sum(different, axis=0))) if different[0] else 0
+
+
+def _directions(groups: list[Group], prices: np.ndarray, width: float) -> np.ndarray:
+    """Changes of the prices, [directions, rows]: none, and a fan of them; none leaves a price below 0.
+
+    What candidates use of different rows goes together (wider is larger and slower), so the fan is even where their uses
+    are uncorrelated and of one size.
+    """
     rows = len(prices)
-    single = np.concatenate([np.eye(rows), -np.eye(rows)])
+    use = np.concatenate([group.use[1:] for group in groups]).astype(float)
+    sizes = np.maximum(np.abs(use).max(axis=0, initial=1.0), 1.0)
+    moments = (use / sizes).T @ (use / sizes) / max(1, len(use))
+    values, vectors = np.linalg.eigh(moments + np.eye(rows) * (1e-6 * np.trace(moments) / max(1, rows) + 1e-300))
     mixed = np.random.default_rng(0).normal(size=(MIXED if rows > 1 else 0, rows))
-    mixed /= np.abs(mixed).max(axis=1, keepdims=True, initial=1e-9)
-    lengths = np.repeat(STEPS, len(single) + len(mixed)) * (width if math.isfinite(width) else 1.0)
-    changes = np.tile(np.concatenate([single, mixed]), (len(STEPS), 1)) * lengths[:, None] / sizes
+    mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
+    fan = np.concatenate([np.eye(rows), -np.eye(rows), mixed]) @ (vectors / np.sqrt(values)).T / sizes
+    lengths = STEPS * (width if math.isfinite(width) else 1.0)
+    changes = (lengths[:, None, None] * fan).reshape(len(STEPS) * len(fan), rows)
     return np.maximum(np.concatenate([np.zeros((1, rows)), changes]), -prices)
 
 
@@ -118,15 +133,21 @@ def _grow(
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts]), picks  # fmt: skip
 
 
-def _cheapest_of_equals(costs: np.ndarray, uses: np.ndarray) -> np.ndarray:
-    """Indices of the states that are the cheapest of those with the same use."""
-    if len(costs) <= FEW:
-        return np.arange(len(costs))
-    odd = np.random.default_rng(1).integers(1, 2**62, size=uses.shape[1], dtype=np.int64) | 1
-    keys = (uses * odd).sum(axis=1)  # wraps around: equal uses have equal keys, and the rest is looked at below
-    by_key = np.lexsort((costs, keys))
-    same = (uses[by_key[1:]] == uses[by_key[:-1]]).all(axis=1)
-    return by_key[np.concatenate(([True], ~same))]
+def _undominated(scores: np.ndarray, uses: np.ndarray, finest: int) -> np.ndarray:
+    """Indices of the states but for those that score and use as much as another or more, with equal use of all rows but one.
+
+    `finest` is that row, the one in which states differ most.
+    """
+    if len(scores) <= FEW or not uses.shape[1]:
+        return np.arange(len(scores))
+    others = np.delete(uses, finest, axis=1)
+    odd = np.random.default_rng(1).integers(1, 2**62, size=others.shape[1], dtype=np.int64) | 1
+    keys = (others * odd).sum(axis=1)  # wraps around: equal uses have equal keys, and equal keys are looked at below
+    order = np.lexsort((scores, uses[:, finest], keys))
+    new = np.concatenate(([True], (others[order[1:]] != others[order[:-1]]).any(axis=1)))
+    sunk = scores[order] - np.cumsum(new) * (2 * float(np.ptp(scores)) + 1e-300)  # equals by equals, each below all before
+    worse = np.concatenate(([False], sunk[1:] >= np.minimum.accumulate(sunk)[:-1])) & ~new
+    return order[~worse]
 
 
 def _promising(
@@ -137,7 +158,7 @@ def _promising(
     over = over.astype(float)
     for start in range(0, len(directions), AT_ONCE):
         part = slice(start, start + AT_ONCE)
-        ends = costs[kept] + (over[kept] @ directions[part].T + least[part]).max(axis=1)
+        ends = costs[kept] + (directions[part] @ over[kept].T + least[part, None]).max(axis=0)
         bounds = np.maximum(bounds, ends)
         inside = bounds <= width
         kept, bounds = kept[inside], bounds[inside]

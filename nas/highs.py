@@ -7,6 +7,7 @@ forbidden by name.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -89,7 +90,7 @@ def program(
         if result.x is None and result.status == LIMIT:
             return Programmed(None, bound)
         x = _values(result).x
-        picked = np.array([a + np.argmax(x[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)])
+        picked = np.array([a + np.argmax(x[a:b]) for a, b in itertools.pairwise(starts)])
         if (uses[:, picked].sum(axis=1) <= highs).all():
             return Programmed(picked, bound)
         if digits:

@@ -26,7 +26,8 @@ from nas.highs import program, relax
 
 CORE = 2  # candidates per group to begin with
 WIDER = 4  # how much the width grows while nothing is found
-FEWEST_STATES, MORE_STATES, MOST_STATES = 2_000, 8, 200_000  # kept after each group
+FEWEST_STATES, MORE_STATES, MOST_STATES = 2_000, 6, 432_000  # kept after each group
+LOST_STATES = 12_000  # at most, while nothing is found
 ROUNDING = 1e-13  # of a sum of scores, relative
 LARGEST = 2**52  # use of a row: sums of these are whole in int64 and single ones in a float
 
@@ -72,7 +73,8 @@ def rows_of(limits: Sequence[Bounded]) -> list[Row] | None:
 
 
 def _row(place: int, amounts: list[list[int]], room: int) -> Row:
-    extra = [amount - min(group) for group in amounts for amount in group]
+    leasts = [min(group) for group in amounts]
+    extra = [amount - least for group, least in zip(amounts, leasts, strict=True) for amount in group]
     unit = math.gcd(*extra)
     if max(extra) // unit > LARGEST:
         raise ConfigError(f"amounts of one group differ by {max(extra):,}: more than the solver can count")
@@ -88,14 +90,14 @@ class Best:
     prices: dict[int, float]
 
 
-def optimum(scores: Sequence[Sequence[float]], limits: Sequence[Bounded], gap: float) -> Best | None:
+def optimum(scores: Sequence[Sequence[float]], limits: Sequence[Bounded], gap: float, states: int = MOST_STATES) -> Best | None:
     """The choice of least score that meets all limits, to a relative gap (infinite: any choice); None if there is none.
 
-    The gap is missed only where neither way comes to an end in its share of work; `Best.bound` tells.
+    The gap is missed where `states` after each group are too few for it; `Best.bound` tells.
     """
     rows = rows_of(limits)
     relaxation = None if rows is None else Relaxation.of(scores, rows)
-    return None if relaxation is None else _Search(relaxation, gap).run()
+    return None if relaxation is None else _Search(relaxation, gap, states, np.zeros(len(relaxation.highs), dtype=bool)).run()
 
 
 @dataclass(frozen=True)
@@ -138,17 +140,22 @@ class Relaxation:
 
 @dataclass
 class _Search:
-    """Explores wider and with more states until the best choice found is proven. Costs are counted from the bound."""
+    """Explores wider and with more states until the best choice found is proven. Costs are counted from the bound.
+
+    `strict` says which rows are looked at although the relaxation leaves them slack.
+    """
 
     relaxation: Relaxation
     gap: float
+    most: int
+    strict: np.ndarray
     picked: np.ndarray | None = None
     cost: float = math.inf
     proven: float = 0.0
 
     def run(self) -> Best | None:
         width, states = self._first_width(), FEWEST_STATES
-        while states <= MOST_STATES:
+        while states <= (LOST_STATES if self.picked is None else self.most):
             width = min(width, self._enough)
             missed = self._explore(width, states)
             self.proven = max(self.proven, min(missed, width))
@@ -161,7 +168,7 @@ class _Search:
                 width = max(width * WIDER, float(left.min())) if len(left) else math.inf
             else:
                 width = self.cost
-        return self._program()
+        return self._program() if self.picked is None else self._found()
 
     @property
     def _enough(self) -> float:
@@ -189,13 +196,19 @@ class _Search:
         open_groups = [g for g, own in enumerate(by_group) if len(own) > 1]
         slack = r.highs - r.uses[:, picked].sum(axis=1)
         beyond = {g: (r.uses[:, by_group[g]] - r.uses[:, picked[g], None]).T for g in open_groups}
-        most = sum((use.max(axis=0) for use in beyond.values()), np.zeros_like(slack))
-        rows = np.flatnonzero((most > slack) | (r.prices > 0))  # no choice of these candidates goes over the others
-        groups = [Group(r.reduced[by_group[g]], beyond[g][:, rows]) for g in open_groups]
-        found = explore(groups, slack[rows], r.prices[rows], width, states)
-        if found.choice is not None and found.cost < self.cost:
+        while True:
+            rows = np.flatnonzero((r.prices > 0) | self.strict)
+            groups = [Group(r.reduced[by_group[g]], beyond[g][:, rows]) for g in open_groups]
+            found = explore(groups, slack[rows], r.prices[rows], width, states)
+            if found.choice is None:
+                return found.missed
             for g, place in zip(open_groups, found.choice, strict=True):
                 picked[g] = by_group[g][place]
+            over = r.uses[:, picked].sum(axis=1) > r.highs
+            if not over.any():
+                break
+            self.strict |= over  # a row that the relaxation leaves slack, and that matters all the same
+        if found.cost < self.cost:
             self.picked, self.cost = picked, found.cost
         return found.missed
 

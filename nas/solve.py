@@ -16,7 +16,8 @@ from typing import Literal
 from blocks.errors import InfeasibleBudgetError
 
 GAP = 1e-9
-POOL_GAP = 1e-4  # of pool members after the first: two scores are never known to one part in ten thousand
+POOL_GAP = 1e-4  # of pool members after the first
+POOL_STATES = 2_000
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,25 @@ def solve(
 
     Returns None if `avoid` and `near` leave nothing. Raises InfeasibleBudgetError if the limits themselves cannot be met.
     """
-    from nas.knapsack import optimum
+    return _solve(problem, avoid, distance, near, gap)
+
+
+def _solve(
+    problem: Problem,
+    avoid: Sequence[Sequence[int]],
+    distance: int,
+    near: tuple[Sequence[int], int] | None,
+    gap: float,
+    states: int | None = None,
+) -> Solution | None:
+    from nas.knapsack import MOST_STATES, optimum
 
     cuts = [_away(problem, choice, distance) for choice in avoid]
     if near is not None:
         cuts.append(_close(problem, *near))
-    best = optimum(problem.scores, (*problem.limits, *cuts), gap)
+    best = optimum(problem.scores, (*problem.limits, *cuts), gap, states or MOST_STATES)
     if best is None:
-        if not cuts or optimum(problem.scores, problem.limits, math.inf) is None:
+        if not cuts or not _compatible(problem.limits):
             raise _infeasible(problem)
         return None
     prices = {limit.name: best.prices.get(place, 0.0) for place, limit in enumerate(problem.limits)}
@@ -175,11 +187,14 @@ def solve(
 def solve_pool(problem: Problem, size: int, distance: int, gap: float = POOL_GAP) -> list[Solution]:
     """The optimum, then up to size - 1 near-optima, each at least `distance` groups from all before it, best first.
 
-    `gap` is that of the members after the first.
+    The first is proven. For the others `gap` is enough, and where even that would take long, what `POOL_STATES` find:
+    proving that the second to last of many equals is one takes minutes, and scores are not known to four digits. Each
+    tells its own `gap`.
     """
     pool: list[Solution] = []
     while len(pool) < size:
-        found = solve(problem, [solution.choice for solution in pool], distance, gap=gap if pool else GAP)
+        taken = [solution.choice for solution in pool]
+        found = _solve(problem, taken, distance, None, gap, POOL_STATES) if pool else solve(problem)
         if found is None:
             break
         pool.append(found)
@@ -213,16 +228,25 @@ def why_infeasible(problem: Problem) -> Conflict:
 
 
 def _conflicting(limits: Sequence[Limit]) -> tuple[str, ...]:
-    from nas.knapsack import optimum
-
     subsets: Iterable[tuple[Limit, ...]] = itertools.chain.from_iterable(
         itertools.combinations(limits, size) for size in range(1, len(limits) + 1)
     )
     for subset in subsets:
-        nothing = [[0.0] * len(amounts) for amounts in subset[0].amounts]
-        if optimum(nothing, subset, math.inf) is None:
+        if not _compatible(subset):
             return tuple(limit.name for limit in subset)
     return ()
+
+
+def _compatible(limits: Sequence[Limit]) -> bool:
+    """Whether a choice meets all of them: the first one's total is driven towards its bound, under the others."""
+    if not limits:
+        return True
+    first, others = limits[0], list(limits[1:])
+    if first.high is None:
+        largest = _extreme(first, others, "max")
+        return largest is not None and (first.low is None or first.low <= largest)
+    least = _extreme(first, [*others, Limit("", first.amounts, low=first.low)], "min")
+    return least is not None and least <= first.high
 
 
 def _infeasible(problem: Problem) -> InfeasibleBudgetError:
