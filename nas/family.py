@@ -45,11 +45,16 @@ def run_family(
         where = f"family/{share:.3f}" if share != config.shares[-1] else "."
         reporter.say(f"Budget {share:g} of the parent, in {where}")
         search = Search(run, parent, own, scenario, device, reporter, healing, budget=share, start=start, where=where)
-        found = search.done or search.run_all()
+        done = search.done
+        found = done or search.run_all()
         members.append(_member(share, where, found))
-        save_json(run.path("family.json"), {"members": members})
+        if done is None:
+            save_json(run.path("family.json"), {"members": members})
         before, start = share, Architecture.from_list(found["layers"])
-    return {"members": members}
+    family = {"members": members}
+    if run.read_if("family.json") != family:
+        save_json(run.path("family.json"), family)
+    return family
 
 
 def _member(share: float, where: str, found: dict[str, Any]) -> dict[str, Any]:

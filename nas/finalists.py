@@ -26,11 +26,12 @@ from distill.config import DistillConfig
 from distill.trainer import heal
 from nas.additive import Candidates
 from nas.assemble import Assembler
+from nas.config import to_dict
 from nas.costs import CostModel
 from nas.data import load_pack
 from nas.measure import load_parent_model
 from nas.progress import Reporter
-from nas.run import Run
+from nas.run import Run, digest
 from nas.rungs import rungs
 from nas.solve import Limit, Problem, Solution, solve
 from nas.study import architecture_of
@@ -107,22 +108,30 @@ def choose_finalists(trials: Trials, most: int) -> list[Finalist]:
     close = [t for t in measured if t.value is not None and t.value <= CLOSE * (measured[0].value or 0.0)]
     kinds = ("attention-rich", "ffn-rich", "contiguous", "path", "around", "swap", "optimum", "pool")
     first_of_kind = [next((t for t in close if origin_of(t) == kind), None) for kind in kinds]
-    chosen: dict[int, Finalist] = {}
+    chosen: dict[Architecture, Finalist] = {}
     for trial in (measured[0], *first_of_kind, *measured):
-        if trial is not None and trial.number not in chosen and len(chosen) < most:
-            chosen[trial.number] = Finalist(f"{trial.number:04d}-{origin_of(trial)}", trial)
+        if trial is not None and len(chosen) < most:  # workers that start at once may queue a child twice
+            name = f"{trial.number:04d}-{origin_of(trial)}"
+            chosen.setdefault(architecture_of(trial.params), Finalist(name, trial))
     return list(chosen.values())
 
 
 @dataclass
 class ShortHeals:
-    """Heals finalists in the run directory, `finalists/NAME/`, resumably.
+    """Heals finalists in the run directory, resumably.
+
+        finalists/NAME/curve.json       what it is of, and the rounds that are done
+        finalists/NAME/child, heal      while it is going on
 
     Attributes:
+        study: names how the children were made and measured; what another one left under a name is not gone on with.
+        where: directory within the run.
         config: of the whole heal, whose schedule the rounds go along.
     """
 
     run: Run
+    study: str
+    where: str
     parent: Parent
     assembler: Assembler
     weight_dtype: str
@@ -135,9 +144,11 @@ class ShortHeals:
         """The finalist that heals best, and what was measured of each."""
         curves: dict[str, list[dict[str, Any]]] = {finalist.name: [] for finalist in finalists}
         left = list(finalists)
-        for count, tokens in rungs(len(finalists), self.config.tokens):
+        rounds = rungs(len(finalists), self.config.tokens)
+        for count, tokens in rounds:
             for finalist in left[:count]:
-                curves[finalist.name] = self._heal(finalist, tokens)
+                key = digest(self.study, finalist.architecture.to_list(), to_dict(self.config), rounds)
+                curves[finalist.name] = self._heal(finalist, tokens, key)
             left = sorted(left[:count], key=lambda finalist: curves[finalist.name][-1]["kl"])
             best = curves[left[0].name][-1]["kl"]
             self.reporter.say(f"  {count} finalists after {tokens:,} tokens: best {left[0].name}, KL {best:.4f}")
@@ -153,23 +164,24 @@ class ShortHeals:
         ]
         return left[0], told
 
-    def _heal(self, finalist: Finalist, tokens: int) -> list[dict[str, Any]]:
+    def _heal(self, finalist: Finalist, tokens: int, key: str) -> list[dict[str, Any]]:
         """Heals one finalist up to `tokens`; returns its curve: what it was after every round."""
-        directory = self.run.path("finalists") / finalist.name
+        directory = self.run.path(self.where) / finalist.name
         until = max(1, tokens // self.config.step_tokens)
-        curve: list[dict[str, Any]] = self.run.read_if(f"finalists/{finalist.name}/curve.json") or []
+        known = self.run.read_if(f"{self.where}/{finalist.name}/curve.json")
+        if not isinstance(known, dict) or known.get("key") != key:
+            shutil.rmtree(directory, ignore_errors=True)
+            save_json(directory / "curve.json", known := {"key": key, "rounds": []})
+        curve: list[dict[str, Any]] = known["rounds"]
         if curve and curve[-1]["steps"] >= until:
             return curve
         if not (directory / "child" / "config.json").exists():
             child = self.assembler.assemble(finalist.architecture)
             self.assembler.write(child, directory / "child", self.weight_dtype)
         result = self._run(directory, until)
-        curve = [
-            *curve,
-            {"tokens": result.tokens, "steps": result.steps, "kl": result.after.kl, "kl_se": result.after.kl_se},
-        ]
-        save_json(directory / "curve.json", curve)
-        return curve
+        done = {"tokens": result.tokens, "steps": result.steps, "kl": result.after.kl, "kl_se": result.after.kl_se}
+        save_json(directory / "curve.json", {"key": key, "rounds": [*curve, done]})
+        return [*curve, done]
 
     def _run(self, directory: Path, until: int) -> Any:
         if self._teacher is None:
@@ -190,7 +202,7 @@ class ShortHeals:
 
     def clear(self) -> None:
         """Removes the weights; the curves stay."""
-        for directory in self.run.path("finalists").glob("*"):
+        for directory in self.run.path(self.where).glob("*"):
             for name in ("child", "heal"):
                 shutil.rmtree(directory / name, ignore_errors=True)
 

@@ -257,6 +257,8 @@ class Search:
         finalists = choose_finalists(trials, self.config.finalists)
         heals = ShortHeals(
             self.run,
+            self.study_name,
+            f"{self.where}/finalists",
             self.parent,
             self.assembler,
             self.scenario.weight_dtype,
