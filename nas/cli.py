@@ -321,6 +321,7 @@ def search(
     if scores is not None:
         from nas.table_search import run_table_search
 
+        run = DEFAULT_RUN.with_name(scores.stem) if run == DEFAULT_RUN else run
         return show_search(run_table_search(scores, config, scenario, run, dry_run), run, as_json, dry_run)
 
     from nas.search import load_candidates, run_search

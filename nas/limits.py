@@ -19,13 +19,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from blocks.errors import ConfigError, InfeasibleBudgetError
 from nas.solve import Limit, Problem, Reach, why_infeasible
 
 if TYPE_CHECKING:
-    from nas.costs import CostModel
+    from nas.costs import Scenario
 
 UNITS = {"memory": "bytes", "parameters": "", "kv": "bytes", "ttft": "ns", "tpot": "ns", "request": "ns"}
 FLAGS = {
@@ -193,7 +193,15 @@ def as_limits(
     ]
 
 
-def bounds_of(ranges: Mapping[str, Range], costs: CostModel) -> list[Bound]:
+class Prices(Protocol):
+    """What turns a wish into bytes: a `CostModel`, or a table from elsewhere."""
+
+    @property
+    def scenario(self) -> Scenario: ...
+    def budget_for_share(self, share: float) -> int: ...
+
+
+def bounds_of(ranges: Mapping[str, Range], costs: Prices) -> list[Bound]:
     """Ranges as they are asked for (GB, shares, tokens/s, ms; `SearchConfig.ranges`) as bounds in whole numbers.
 
     What bounds the same total twice, such as a throughput and a latency, becomes one bound. Raises ConfigError if
@@ -212,7 +220,7 @@ def bounds_of(ranges: Mapping[str, Range], costs: CostModel) -> list[Bound]:
     return [Bound(limit, low, high) for limit, (low, high) in found.items()]
 
 
-def _in_whole_numbers(name: str, wanted: Range, costs: CostModel) -> tuple[str, tuple[int | None, int | None]]:
+def _in_whole_numbers(name: str, wanted: Range, costs: Prices) -> tuple[str, tuple[int | None, int | None]]:
     if name == "share":
         low, high = (None if end is None else costs.budget_for_share(float(end)) for end in (wanted.low, wanted.high))
         return "memory", (low, high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
@@ -118,17 +119,31 @@ def search_lines(found: dict[str, Any], width: int) -> RenderableType:
         costs = CostModel(ModelShape(**found["shape"]), Scenario(**found["scenario"]))
         parts.append(architecture_map(Architecture.from_list(found["layers"]), costs, width))
     else:
-        parts.append(Text("  ".join(found["layers"])))
+        parts.append(Text("\n".join(_runs(found))))
     parts.append(limit_lines(found))
     if "heldout" in found:
         parts.append(search_table(found))
+    if "members" in found:
+        parts.append(family_table(found))
     return Group(*parts)
+
+
+def _runs(found: dict[str, Any]) -> list[str]:
+    """Choices from a table alone: groups that follow one another and choose the same, in one line."""
+    lines: list[str] = []
+    groups = sorted(zip(found["groups"], found["layers"], strict=True), key=lambda pair: pair[0][1] == "ffn")
+    for (subblock, name), run in itertools.groupby(groups, key=lambda pair: (pair[0][1], pair[1])):
+        layers = [layer for (layer, _), _ in run]
+        span = layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        lines.append(f"{subblock if subblock != 'layer' else '':<10}{span:>9}  {name}")
+    return lines
 
 
 def limit_lines(found: dict[str, Any]) -> RenderableType:
     """Every limit with what the child takes of it, the formula with its numbers, and how the search ended."""
     cost, optimum = found["cost"], found["optimum"]
-    estimate = " (estimate)" if (found.get("clock") or {}).get("estimate") else ""
+    clock = found.get("clock") or {"name": "the table", "estimate": False}
+    estimate = " (estimate)" if clock["estimate"] else ""
     lines = []
     for name, limit in found["limits"].items():
         total, parent = cost_of(name, cost), cost_of(name, found["parent_cost"])
@@ -145,7 +160,7 @@ def limit_lines(found: dict[str, Any]) -> RenderableType:
         faster = cost["tokens_per_s"] / found["parent_cost"]["tokens_per_s"]
         lines.append(
             f"{'speed':<11}first token {cost['prefill_ms']:.1f} ms, then {cost['decode_ms']:.2f} ms a token, {cost['tokens_per_s']:,.0f} tokens/s, "
-            f"{faster:.2f} times the parent's, by {found['clock']['name']}{estimate}"
+            f"{faster:.2f} times the parent's, by {clock['name']}{estimate}"
         )
     lines.append(
         f"{'search':<11}additive optimum {optimum['score']:.4f}, proven bound {optimum['bound']:.4f}, gap {optimum['gap']:.2g}"
@@ -172,14 +187,19 @@ def cost_of(limit: str, cost: dict[str, Any]) -> float:
     return float(cost[names.get(limit, f"{limit}_ns")])
 
 
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def family_table(family: dict[str, Any]) -> Table:
     """The members of a family: budget, size, KL before healing."""
     table = Table(title="Children before healing", title_justify="left")
     for name in ("budget", "GB", "parameters", "predicted KL", "true KL", "held-out KL", "from", "where"):
         table.add_column(name, justify="left" if name in ("from", "where") else "right")
     for row in family["members"]:
-        numbers = (f"{row['share']:g}", f"{row['gb']:.4f}", f"{row['parameters']:,}", f"{row['predicted_kl']:.4f}")
-        table.add_row(*numbers, f"{row['kl']:.4f}", f"{row['heldout_kl']:.4f}", row["origin"], row["directory"])
+        numbers = (f"{row['share']:g}", _digits(row["gb"]), f"{row['parameters'] or 0:,}", _digits(row["predicted_kl"]))
+        measured = (_digits(row.get("kl")), _digits(row.get("heldout_kl")), row.get("origin", "-"))
+        table.add_row(*numbers, *measured, row["directory"])
     return table
 
 
