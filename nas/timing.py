@@ -68,6 +68,9 @@ class GraphTimer:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 work()
+            with torch.cuda.stream(self.stream):
+                graph.replay()  # one that cannot run fails here, where it was made
+            self.stream.synchronize()
         return graph.replay
 
     def time(self, works: Sequence[Work], advance: Advance) -> list[float]:
