@@ -1,4 +1,4 @@
-# make demo   sets up and compresses the embedded SmolLM2-135M to 60 %: score, search, distill, and the table
+# make demo   sets up and compresses the embedded SmolLM2-135M to 60 %: score, search, distill, the table, and the report
 # make test   sets up and runs every test
 # make check  sets up and runs the linter, the formatter and the type checker
 
@@ -28,6 +28,7 @@ demo: setup
 	$(BIN)/nas search --run $(RUN) --budget 0.6
 	$(BIN)/nas distill --run $(RUN)
 	$(BIN)/nas show --run $(RUN)
+	$(BIN)/nas report --run $(RUN)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -5,8 +5,10 @@ env.json           versions and machine                     library/        fitt
 scores.csv         the score table                          score.json      how the scores were made and checked
 scores/            per-layer results (resuming)             study.journal   every child measured (Optuna)
 architecture.json  the chosen architecture                  child/          it, assembled, before healing
-uniform/           the uniform baseline of the same budget  healed/         the healed child
-distill/           checkpoints and metrics.jsonl            results.json    the table of `nas show`
+path.json          children on the way to the limits        uniform/        the uniform baseline within the same limits
+finalists/         short heals before the last choice       family.json     the children of a sweep, with family/
+distill/           checkpoints and metrics.jsonl            healed/         the healed child
+results.json       the table of `nas show`                  report.html     the page of `nas report`, with report.json
 """
 
 from __future__ import annotations
