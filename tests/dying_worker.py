@@ -10,13 +10,13 @@ and the lock held; with 0, once it has the last trial. Prints the exit codes.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from healing_run import fork
 from optuna.storages.journal import JournalFileBackend
 
 from blocks.spec import LayerSpec
@@ -54,7 +54,12 @@ def work_and_die(journal: str, study: str, when: int, half: bool, taken: int) ->
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
-    codes = [os.waitstatus_to_exitcode(os.waitpid(fork(work_and_die, *case), 0)[1]) for case in cases]
+    fork, codes = multiprocessing.get_context("fork"), []
+    for case in cases:
+        process = fork.Process(target=work_and_die, args=case)
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
     print(json.dumps(codes))
 
 
