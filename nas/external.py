@@ -3,40 +3,52 @@
     layer   subblock    candidate       score   parameters  bytes  kv_bytes  prefill_ms  decode_ms
     0       attention   kv8             0.0     ...
     0       ffn         w14336          0.0     ...
-    fixed               embeddings      0.0     ...
+    fixed               embeddings              ...
 
-CSV, JSON (a list of rows), JSONL or parquet. A layer has joint rows, attention x FFN, or rows for each of its subblocks.
-Our own scores.csv is one, too.
+A layer has joint rows, attention x FFN, or rows for each of its subblocks. Our own scores.csv is such a table, too.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from blocks.errors import ConfigError, DataError
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
 from nas.costs import DTYPE_BYTES, Scenario
+from nas.external_rows import TIMES, WHOLE, Record, read_records
+from nas.limits import FLAGS
 
 FIXED = "fixed"
 SUBBLOCKS = ("layer", "attention", "ffn")
-TEXTS = ("layer", "subblock", "candidate", "attention", "ffn", "source")
-WHOLE = ("parameters", "bytes", "weight_bytes", "kv_bytes", "kv_bytes_per_token")
-TIMES = ("prefill_ms", "decode_ms", "ms")
-KNOWN = (*TEXTS, "score", "score_low", "score_high", "one_pass", "one_pass_seq", "exact", *WHOLE, *TIMES)
+LIMITS = ("memory", "parameters", "kv", "ttft", "tpot", "request")
+PARTS = {"memory": ("weights", "kv")}  # of a limit that needs more than one amount
+NEEDS = {
+    "weights": "bytes or parameters",
+    "kv": "kv_bytes or kv_bytes_per_token (0 where nothing is cached)",
+    "parameters": "parameters",
+    "ttft": "prefill_ms",
+    "tpot": "decode_ms",
+    "request": "prefill_ms and decode_ms, or ms",
+}
+"""The columns that say an amount."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row: a candidate of one group, and what it takes of each limit (nas/limits.py) that the table knows of."""
+    """One row: a candidate of one group, and what it takes of each limit (nas/limits.py) that the row says something of.
 
+    Attributes:
+        row: its number in the file.
+        spec: what this package calls it, None if its name is not one of ours.
+        amounts: whole numbers, by limit; "weights", too: memory without the KV cache.
+    """
+
+    row: int
     name: str
+    spec: LayerSpec | AttentionSpec | FFNSpec | None
     score: float
     amounts: Mapping[str, int]
 
@@ -46,10 +58,11 @@ class ExternalTable:
     """Candidates by group; a group is a layer, or one subblock of it.
 
     Attributes:
-        groups: (layer, subblock) of each, in order.
         scenario: that it is priced in.
+        groups: (layer, subblock) of each, in order.
         rows: candidates of each.
-        fixed: what is there whatever is chosen, by limit.
+        fixed: what is there whatever is chosen, by limit; the scenario's reserve is part of its memory.
+        has_fixed: whether the table has rows of that.
     """
 
     path: Path
@@ -57,6 +70,7 @@ class ExternalTable:
     groups: tuple[tuple[int, str], ...]
     rows: tuple[tuple[Candidate, ...], ...]
     fixed: Mapping[str, int]
+    has_fixed: bool
 
     @property
     def scores(self) -> list[list[float]]:
@@ -64,110 +78,126 @@ class ExternalTable:
 
     def amounts(self, limit: str) -> list[list[int]]:
         """What each candidate takes. Raises ConfigError if the table does not say."""
-        if any(limit not in row.amounts for rows in self.rows for row in rows):
-            needs = {"memory": "bytes", "kv": "kv_bytes", "parameters": "parameters", "ttft": "prefill_ms"}
-            columns = needs.get(limit, "decode_ms" if limit == "tpot" else "prefill_ms and decode_ms, or ms")
-            raise ConfigError(f"{self.path}: a limit of {limit} needs the column {columns} in every row")
+        for rows in self.rows:
+            for row in rows:
+                if missing := [part for part in PARTS.get(limit, (limit,)) if part not in row.amounts]:
+                    needs = " and ".join(NEEDS[part] for part in missing)
+                    raise ConfigError(f"{self.path}, row {row.row}: {FLAGS[limit]} needs {needs} in every row")
         return [[row.amounts[limit] for row in rows] for rows in self.rows]
 
-    def knows(self, limit: str) -> bool:
-        return all(limit in row.amounts for rows in self.rows for row in rows)
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        """The limits that every row says something of."""
+        return tuple(limit for limit in LIMITS if all(limit in row.amounts for rows in self.rows for row in rows))
 
-    @property
+    @cached_property
     def parent(self) -> tuple[int, ...]:
         """The candidate of each group that takes most, of those the one with the least score: what nothing was cut from."""
-        limit = next(name for name in ("memory", "parameters", "request", "tpot", "ttft", "kv") if self.knows(name))
-        return tuple(
-            min(range(len(rows)), key=lambda c, rows=rows: (-rows[c].amounts[limit], rows[c].score))  # type: ignore[misc]
-            for rows in self.rows
-        )
+        order = ("memory", "parameters", "request", "tpot", "ttft", "kv")
+        limit = next((name for name in order if name in self.known), None)
+
+        def size(row: Candidate) -> int:
+            return 0 if limit is None else row.amounts[limit]
+
+        return tuple(min(range(len(rows)), key=lambda c: (-size(rows[c]), rows[c].score)) for rows in self.rows)
 
     def budget_for_share(self, share: float) -> int:
         """Bytes of the budget that keeps `share` of what the parent's candidates take, what is fixed added."""
         self.amounts("memory")  # says what is missing
-        fixed = self.fixed.get("memory", 0)
-        return fixed + int(share * (self.total("memory", self.parent) - fixed))
+        return self.fixed["memory"] + int(share * (self.total("memory", self.parent) - self.fixed["memory"]))
 
     def total(self, limit: str, choice: Sequence[int]) -> int:
-        chosen = (rows[c] for rows, c in zip(self.rows, choice, strict=True))
-        return self.fixed.get(limit, 0) + sum(row.amounts[limit] for row in chosen)
+        """Of a whole child, what is fixed included."""
+        return self.fixed[limit] + sum(row.amounts[limit] for row in self.chosen(choice))
+
+    def chosen(self, choice: Sequence[int]) -> list[Candidate]:
+        return [rows[c] for rows, c in zip(self.rows, choice, strict=True)]
+
+    @cached_property
+    def ours(self) -> bool:
+        """Whether all candidates are named as this package names them, so that choices are architectures."""
+        return all(row.spec is not None for rows in self.rows for row in rows)
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """(layer, subblock) of each of `names`."""
+        if not self.ours:
+            return [(str(layer), subblock) for layer, subblock in self.groups]
+        return [(str(layer), "layer") for layer in dict.fromkeys(layer for layer, _ in self.groups)]
 
     def names(self, choice: Sequence[int]) -> list[str]:
-        return [rows[c].name for rows, c in zip(self.rows, choice, strict=True)]
-
-    def architecture(self, choice: Sequence[int]) -> Architecture | None:
-        """The same as specs, layer by layer, if the candidates are named as this package names them."""
-        parts: dict[int, dict[str, str]] = {}
-        for (layer, subblock), name in zip(self.groups, self.names(choice), strict=True):
-            parts.setdefault(layer, {})[subblock] = name
-        try:
-            return Architecture(tuple(_spec(parts[layer]) for layer in sorted(parts)))
-        except ConfigError:
-            return None
-
-
-def _spec(parts: Mapping[str, str]) -> LayerSpec:
-    if "layer" in parts:
-        return LayerSpec.parse(parts["layer"])
-    return LayerSpec(AttentionSpec.parse(parts["attention"]), FFNSpec.parse(parts["ffn"]))
+        """Layer by layer in the text form of blocks/spec.py if candidates are `ours`, else group by group."""
+        if not self.ours:
+            return [row.name for row in self.chosen(choice)]
+        layers: dict[int, list[str]] = {}
+        for (layer, _), row in zip(self.groups, self.chosen(choice), strict=True):
+            layers.setdefault(layer, []).append(str(row.spec))
+        return ["+".join(parts) for parts in layers.values()]  # attention comes before ffn
 
 
 def load_external(path: Path, scenario: Scenario) -> ExternalTable:
     """Reads a table and prices it in a scenario. Raises DataError in one line, with file and row."""
     found: dict[tuple[int, str], dict[str, Candidate]] = {}
-    fixed: dict[str, int] = {}
-    for number, record in _records(path):
-        where = f"{path}, row {number}"
-        layer, subblock, name = _place(record, where)
-        candidate = Candidate(name, _number(record, "score", where) or 0.0, _amounts(record, scenario, where))
-        if layer is None:
-            for limit, amount in candidate.amounts.items():
-                fixed[limit] = fixed.get(limit, 0) + amount
-            continue
-        if record.get("score") in (None, ""):
-            raise DataError(f"{where}: no score")
-        group = found.setdefault((layer, subblock), {})
+    fixed: dict[str, Candidate] = {}
+    for record in read_records(path):
+        layer, subblock, name = _place(record)
+        group = fixed if layer is None else found.setdefault((layer, subblock), {})
         if name in group:
-            raise DataError(f"{where}: {name} of layer {layer} is there twice")
-        group[name] = candidate
+            of = FIXED if layer is None else f"layer {layer}"
+            raise DataError(f"{record.where}: {name} of {of} is there twice, first in row {group[name].row}")
+        score = record.number_of("score")
+        if score is None and layer is not None:
+            raise DataError(f"{record.where}: no score")
+        group[name] = Candidate(
+            record.number, name, _spec(subblock, name), score or 0.0, _amounts(record, subblock, scenario)
+        )
     _require_whole(path, found)
     groups = tuple(sorted(found, key=lambda group: (group[0], SUBBLOCKS.index(group[1]))))
-    return ExternalTable(path, scenario, groups, tuple(tuple(found[group].values()) for group in groups), fixed)
+    rows = tuple(tuple(found[group].values()) for group in groups)
+    return ExternalTable(path, scenario, groups, rows, _fixed(fixed.values(), scenario), bool(fixed))
 
 
-def _require_whole(path: Path, found: Mapping[tuple[int, str], Any]) -> None:
+def _fixed(rows: Iterable[Candidate], scenario: Scenario) -> dict[str, int]:
+    every = [row.amounts for row in rows]
+    total = {limit: sum(amounts[limit] for amounts in every) for limit in (*LIMITS, "weights")}
+    return total | {"memory": total["memory"] + round(scenario.reserve_gb * 1e9)}
+
+
+def _require_whole(path: Path, found: Mapping[tuple[int, str], Mapping[str, Candidate]]) -> None:
+    """Every layer from 0 has its candidates, joint or of both subblocks."""
     if not found:
         raise DataError(f"{path} has no rows of layers")
-    layers = sorted({layer for layer, _ in found})
-    for expected, layer in enumerate(layers):
+    for expected, layer in enumerate(sorted({layer for layer, _ in found})):
+        own = {subblock: rows for (number, subblock), rows in found.items() if number == layer}
+        row = min(row.row for rows in own.values() for row in rows.values())
         if layer != expected:
-            raise DataError(f"{path} has no rows of layer {expected}, but of layer {layer}")
-        own = {subblock for number, subblock in found if number == layer}
-        if own not in ({"layer"}, {"attention", "ffn"}):
+            raise DataError(f"{path}, row {row}: layer {layer}, but there are no rows of layer {expected}")
+        if set(own) not in ({"layer"}, {"attention", "ffn"}):
+            told = " and ".join(name for name in SUBBLOCKS if name in own) + (" only" if len(own) == 1 else "")
             raise DataError(
-                f"{path}: layer {layer} has rows of {' and '.join(sorted(own))}; give attention and ffn, or whole layers alone"
+                f"{path}, row {row}: layer {layer} has rows of {told}; give it attention and ffn, or whole layers alone"
             )
 
 
-def _place(record: Mapping[str, Any], where: str) -> tuple[int | None, str, str]:
+def _place(record: Record) -> tuple[int | None, str, str]:
     """(layer or None for what is fixed, subblock, name) of a row."""
-    attention, ffn = (str(record.get(part) or "").strip() for part in ("attention", "ffn"))
-    name = str(record.get("candidate") or "").strip() or "+".join(part for part in (attention, ffn) if part)
+    attention, ffn = record.text("attention"), record.text("ffn")
+    name = record.text("candidate") or "+".join(part for part in (attention, ffn) if part)
     if not name:
-        raise DataError(f"{where}: no candidate (nor attention or ffn)")
-    text = str(record.get("layer", "")).strip()
-    if text == FIXED:
-        return None, "layer", name
+        raise DataError(f"{record.where}: no candidate (nor attention or ffn)")
+    if (text := record.text("layer")) == FIXED:
+        return None, FIXED, name
     try:
-        layer = int(float(text))
+        number = float(text)
+        whole = number.is_integer() and number >= 0
     except ValueError:
-        raise DataError(f"{where}: layer is {text!r}; it must be a number from 0, or {FIXED}") from None
-    subblock = str(record.get("subblock") or "").strip() or _subblock_of(name, attention, ffn)
-    if subblock not in SUBBLOCKS or layer < 0:
-        raise DataError(
-            f"{where}: layer {layer}, subblock {subblock!r}; write a layer from 0, and attention, ffn or layer"
-        )
-    return layer, subblock, name
+        whole = False
+    if not whole:
+        raise DataError(f"{record.where}: layer is {text!r}; it must be a whole number from 0, or {FIXED}")
+    subblock = record.text("subblock") or _subblock_of(name, attention, ffn)
+    if subblock not in SUBBLOCKS:
+        raise DataError(f"{record.where}: subblock is {subblock!r}; it must be attention, ffn or layer")
+    return int(number), subblock, name
 
 
 def _subblock_of(name: str, attention: str, ffn: str) -> str:
@@ -178,95 +208,63 @@ def _subblock_of(name: str, attention: str, ffn: str) -> str:
     return "layer"
 
 
-def _amounts(record: Mapping[str, Any], scenario: Scenario, where: str) -> dict[str, int]:
-    """What a row takes of every limit that it says something of, in whole numbers."""
-    value = {name: _number(record, name, where, least=0.0) for name in (*WHOLE, *TIMES)}
-    found: dict[str, int] = {}
-    weights = _weights(value, scenario)
+def _spec(subblock: str, name: str) -> LayerSpec | AttentionSpec | FFNSpec | None:
+    try:
+        if subblock == "attention":
+            return AttentionSpec.parse(name)
+        return FFNSpec.parse(name) if subblock == "ffn" else LayerSpec.parse(name)
+    except ConfigError:
+        return None
+
+
+def _amounts(record: Record, subblock: str, scenario: Scenario) -> dict[str, int]:
+    """What a row takes of every limit that it says something of, in whole numbers.
+
+    An FFN caches nothing; what is fixed takes nothing of what it does not say.
+    """
+    value = {name: record.number_of(name, least=0.0) for name in (*WHOLE, *TIMES)}
+    prefill, decode, whole = (None if ms is None else round(ms * 1e6) for ms in (value[name] for name in TIMES))
     kv = _kv(value, scenario)
-    if value["parameters"] is not None:
-        found["parameters"] = round(value["parameters"])
-    if kv is not None:
-        found["kv"] = kv
-    if weights is not None:
-        found["memory"] = weights + (kv or 0)
-    prefill, decode, whole = (value[name] for name in TIMES)
-    if prefill is not None:
-        found["ttft"] = round(prefill * 1e6)
-    if decode is not None:
-        found["tpot"] = round(decode * 1e6)
-    if prefill is not None and decode is not None:
+    said = {
+        "weights": _weights(record, value, scenario),
+        "parameters": None if value["parameters"] is None else round(value["parameters"]),
+        "kv": 0 if kv is None and subblock == "ffn" else kv,
+        "ttft": prefill,
+        "tpot": decode,
+    }
+    if subblock == FIXED:
+        said = {name: amount or 0 for name, amount in said.items()}
+        whole = 0 if whole is None else whole
+    found = {name: amount for name, amount in said.items() if amount is not None}
+    if "weights" in found and "kv" in found:
+        found["memory"] = found["weights"] + found["kv"]
+    if "ttft" in found and "tpot" in found and (prefill, decode) != (None, None):
         found["request"] = found["ttft"] + scenario.output_tokens * found["tpot"]
     elif whole is not None:
-        found["request"] = round(whole * 1e6)
+        found["request"] = whole
     return found
 
 
-def _weights(value: Mapping[str, float | None], scenario: Scenario) -> int | None:
-    """`bytes` as they are; `weight_bytes` (bf16) and parameters in the scenario's dtype."""
+def _weights(record: Record, value: Mapping[str, float | None], scenario: Scenario) -> int | None:
+    """`bytes` as they are; else parameters, or `weight_bytes` (bf16), in the scenario's dtype."""
     size = DTYPE_BYTES[scenario.weight_dtype]
-    if (given := value["bytes"]) is not None:
+    given, parameters, half = value["bytes"], value["parameters"], value["weight_bytes"]
+    if given is not None:
         return round(given)
-    if (parameters := value["parameters"]) is not None:
+    if parameters is not None and half is not None and round(half) != 2 * round(parameters):
+        raise DataError(
+            f"{record.where}: weight_bytes is {half:.0f}, but {parameters:.0f} parameters take {2 * parameters:.0f} in bf16; "
+            "give weights of another form as bytes"
+        )
+    if parameters is not None:
         return round(parameters) * size
-    return None if (half := value["weight_bytes"]) is None else round(half) * size // 2
+    return None if half is None else round(half) * size // 2
 
 
 def _kv(value: Mapping[str, float | None], scenario: Scenario) -> int | None:
-    """`kv_bytes` of the scenario as they are; `kv_bytes_per_token` (bf16) for all its tokens, in its dtype."""
+    """`kv_bytes` of the scenario as they are; else `kv_bytes_per_token` (bf16) for all its tokens, in its dtype."""
     if (given := value["kv_bytes"]) is not None:
         return round(given)
     if (per_token := value["kv_bytes_per_token"]) is None:
         return None
     return round(per_token) * scenario.batch * scenario.context * DTYPE_BYTES[scenario.kv_dtype] // 2
-
-
-def _number(record: Mapping[str, Any], name: str, where: str, least: float = -math.inf) -> float | None:
-    text = record.get(name)
-    if text is None or str(text).strip() in ("", "nan", "None"):
-        return None
-    try:
-        number = float(text)
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: {name} is {text!r}, not a number") from None
-    if not (math.isfinite(number) and number >= least):
-        raise DataError(f"{where}: {name} is {text}; it must be {'finite' if least < 0 else 'finite and 0 or more'}")
-    return number
-
-
-def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(row number from 1, row) of a table file, its columns checked."""
-    try:
-        rows = _read(path)
-    except FileNotFoundError:
-        raise DataError(f"--scores {path}: no such file") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"--scores {path}: cannot read it ({error}); give .csv, .json, .jsonl or .parquet") from error
-    columns = dict.fromkeys(name for row in rows for name in row)
-    for name in columns:
-        if name not in KNOWN:
-            close = difflib.get_close_matches(str(name), KNOWN, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise DataError(f"{path}: unknown column {name!r}{hint}; known: {', '.join(KNOWN)}")
-    for needed in ("layer", "score"):
-        if needed not in columns:
-            raise DataError(f"{path}: no column {needed!r}; it has {', '.join(map(str, columns)) or 'none'}")
-    yield from enumerate(rows, 1)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import read_table
-
-        table: list[dict[str, Any]] = read_table(path).to_pylist()
-        return table
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    elif path.suffix == ".json":
-        rows = json.loads(text)
-    else:
-        rows = list(csv.DictReader(text.splitlines()))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not a list of rows")
-    return rows

@@ -247,7 +247,7 @@ def _notes(report: dict[str, Any]) -> dict[str, str]:
         "pareto": None if measured else "No child was measured: without the parent at hand there is no true KL.",
         "speed": None if timed else "No clock: give nas search a --clock, a profile of nas bench or the name of a device.",
         "predicted": None if any(p["predicted_kl"] for p in measured) else "No child was measured, so no prediction was checked.",
-        "budget": None if any(m["cost"] for m in report["models"]) else f"No costs yet: {search}.",
+        "budget": None if any((m["cost"] or {}).get("total_bytes") for m in report["models"]) else f"No costs yet: {search}.",
         "history": None if any(p["number"] is not None for p in measured) else f"No trials yet: {search}.",
         "finalists": None if report["finalists"] else "No finalists were healed: nas search --finalists K makes the last choice that way.",
         "learning": None if report["learning"] else "The child is not healed yet: run nas distill.",

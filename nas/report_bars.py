@@ -26,6 +26,7 @@ KINDS = (
     ("fixed_bytes", "b-fixed", "embeddings, head, final norm"),
     ("attention_bytes", "b-attention", "attention"),
     ("ffn_bytes", "b-ffn", "FFN"),
+    ("layer_bytes", "b-ffn", "layers"),  # of a table from elsewhere that does not tell attention and FFN apart
     ("kv_bytes", "b-kv", "KV cache"),
     ("reserve_bytes", "b-reserve", "reserve"),
 )
@@ -34,7 +35,9 @@ BAR, GAP, NAMES = 24.0, 12.0, 128.0
 
 def budget(report: dict[str, Any]) -> Markup:
     """One bar a model: weights by kind, KV cache and reserve, against the budget line."""
-    models = [model for model in report["models"] if model["cost"] and model["kind"] != "healed"]
+    models = [
+        model for model in report["models"] if (model["cost"] or {}).get("total_bytes") and model["kind"] != "healed"
+    ]
     limit = (report["limits"].get("memory") or {}).get("high") or report["budget_bytes"]
     largest = max([model["cost"]["total_bytes"] for model in models] + ([limit] if limit else []))
     unit, factor = byte_unit(largest)

@@ -128,6 +128,8 @@ def _sentence(report: dict[str, Any]) -> str:
     parent, child = _by_kind(report, "parent"), _by_kind(report, "child")
     if not (parent and child and parent["cost"] and child["cost"]):
         return "Candidates are scored; no child is chosen yet. Next: nas search."
+    if not parent["cost"].get("total_bytes"):
+        return "Chosen from a table that does not tell how large its candidates are."
     share = child["cost"]["total_bytes"] / parent["cost"]["total_bytes"]
     sizes = f"{size_text(child['cost']['total_bytes'])} of {size_text(parent['cost']['total_bytes'])}"
     words = [f"The child of {_short_name(report['parent'])} keeps {share:.1%} of the parent's memory ({sizes})"]

@@ -118,7 +118,7 @@ def _strip_name(report: dict[str, Any], name: str) -> Markup:
     facts = []
     if model and model["kl"] is not None:
         facts.append(f"KL {model['kl']:.3g}")
-    if model and model["cost"]:
+    if model and (model["cost"] or {}).get("total_bytes"):
         unit, factor = byte_unit(model["cost"]["total_bytes"])
         facts.append(f"{model['cost']['total_bytes'] / factor:.3g} {unit}")
     height = _strip_height(report["map"]["parts"])

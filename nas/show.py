@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -75,7 +76,23 @@ def correlation_line(made: dict[str, Any]) -> str:
     )
 
 
-def architecture_map(architecture: Architecture, costs: CostModel, width: int) -> RenderableType:
+class Keeps(Protocol):
+    """What knows the share of the parent's bytes that a candidate keeps: a `CostModel`, or a table from elsewhere."""
+
+    def kept(self, spec: AttentionSpec | FFNSpec) -> float: ...
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Shares as a search on a table alone wrote them, by the candidates' names."""
+
+    shares: dict[str, float]
+
+    def kept(self, spec: AttentionSpec | FFNSpec) -> float:
+        return self.shares[str(spec)]
+
+
+def architecture_map(architecture: Architecture, costs: Keeps, width: int) -> RenderableType:
     """One column a layer, two rows (attention, FFN), coloured by the share of the parent's bytes kept.
 
     `width` is that of the terminal in characters; what does not fit goes on below.
@@ -118,9 +135,13 @@ def search_lines(found: dict[str, Any], width: int) -> RenderableType:
     if "shape" in found:
         costs = CostModel(ModelShape(**found["shape"]), Scenario(**found["scenario"]))
         parts.append(architecture_map(Architecture.from_list(found["layers"]), costs, width))
+    elif all(name.startswith("attention:") and "+ffn:" in name for name in found["layers"]) and "kept" in found:
+        parts.append(architecture_map(Architecture.from_list(found["layers"]), _Kept(found["kept"]), width))
     else:
         parts.append(Text("\n".join(_runs(found))))
     parts.append(limit_lines(found))
+    if "table" in found and (same := found["baselines"].get("uniform")):
+        parts.append(Text(f"{'uniform':<11}the same in every layer within the limits: {same['predicted_kl']:.4f}"))
     if "heldout" in found:
         parts.append(search_table(found))
     if "members" in found:
@@ -147,20 +168,25 @@ def limit_lines(found: dict[str, Any]) -> RenderableType:
     lines = []
     for name, limit in found["limits"].items():
         total, parent = cost_of(name, cost), cost_of(name, found["parent_cost"])
+        share = f"{total / parent:.1%}" if parent else "all"  # of nothing: a table from elsewhere may say 0
         ends = [f"at least {in_words(name, limit['low'])}"] if limit["low"] is not None else []
         ends += [f"at most {in_words(name, limit['high'])}"] if limit["high"] is not None else []
         price = optimum["prices"].get(name, 0.0)
         binds = f"; binds: {_price(name, price)}" if name in optimum["binding"] else ""
         about = estimate if limit["unit"] == "ns" else ""
         lines.append(
-            f"{name:<11}{' and '.join(ends)}; child {in_words(name, total)}{about}, {total / parent:.1%} of the parent's {in_words(name, parent)}{binds}"
+            f"{name:<11}{' and '.join(ends)}; child {in_words(name, total)}{about}, {share} of the parent's {in_words(name, parent)}{binds}"
         )
     lines.append(f"{'child':<11}{found['formula']}")
     if cost.get("tokens_per_s"):
         faster = cost["tokens_per_s"] / found["parent_cost"]["tokens_per_s"]
+        steps = (
+            f"first token {cost['prefill_ms']:.1f} ms, then {cost['decode_ms']:.2f} ms a token, "
+            if cost["decode_ms"]
+            else ""
+        )
         lines.append(
-            f"{'speed':<11}first token {cost['prefill_ms']:.1f} ms, then {cost['decode_ms']:.2f} ms a token, {cost['tokens_per_s']:,.0f} tokens/s, "
-            f"{faster:.2f} times the parent's, by {clock['name']}{estimate}"
+            f"{'speed':<11}{steps}{cost['tokens_per_s']:,.0f} tokens/s, {faster:.2f} times the parent's, by {clock['name']}{estimate}"
         )
     lines.append(
         f"{'search':<11}additive optimum {optimum['score']:.4f}, proven bound {optimum['bound']:.4f}, gap {optimum['gap']:.2g}"
