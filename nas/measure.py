@@ -30,14 +30,14 @@ def load_parent_model(parent: Parent, device: torch.device) -> torch.nn.Module:
 def measure(
     parent: Parent, children: Mapping[str, Path], heldout: np.ndarray, device: torch.device, reporter: Reporter
 ) -> dict[str, Any]:
-    """KL to the parent (nats per token), perplexity and top-1 agreement of children on held-out text.
+    """KL to the parent (nats per token) with its standard error over sequences, perplexity and top-1 agreement of children on held-out text.
 
     Args:
         children: directories by name.
         heldout: token pack [sequences, S]; on a CPU about 4,096 tokens of it, spread evenly.
 
     Returns:
-        {"tokens": N, "parent": {"perplexity": ...}, NAME: {"kl": ..., "perplexity": ..., "top1_agreement": ...}, ...}
+        {"tokens": N, "parent": {"perplexity": ...}, NAME: {"kl": ..., "kl_se": ..., "perplexity": ..., "top1_agreement": ...}, ...}
     """
     result: dict[str, Any] = {}
     with reporter.task("Measuring on held-out text", len(children)) as advance:
@@ -49,6 +49,7 @@ def measure(
             result |= {"tokens": stats.tokens, "parent": {"perplexity": stats.teacher_perplexity}}
             result[name] = {
                 "kl": stats.kl,
+                "kl_se": stats.kl_se,
                 "perplexity": stats.student_perplexity,
                 "top1_agreement": stats.top1_agreement,
             }

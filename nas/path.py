@@ -5,8 +5,8 @@ candidates are scored again around the present child,
 
     change of KL = sum_t k_t . d_t / T + 1/2 E[(g_t . d_t)^2]          k gradient of the KL, g of sampled log-likelihoods
 
-with d the change from the candidate that stands in the layer now, and the additive problem of the step is solved with at most
-a few layers changed. One path gives a child for every budget on the way.
+with d the change from the candidate that stands in the layer now, and the additive problem of the step is solved for these
+scores. One path gives a child for every budget on the way.
 
 Reference: EvoPress, arXiv 2410.14649 (why sums of scores mislead under strong compression).
 """

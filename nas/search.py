@@ -200,7 +200,15 @@ class Search:
             )
             for step in walking:
                 steps = [*steps, step]
-                rows = [{**asdict(step), "architecture": None, "layers": step.architecture.to_list()} for step in steps]
+                rows = [
+                    {
+                        "progress": step.progress,
+                        "layers": step.architecture.to_list(),
+                        "predicted": step.predicted,
+                        "kl": step.kl,
+                    }
+                    for step in steps
+                ]
                 save_json(
                     self.run.path(f"{self.where}/path.json"),
                     {"study": self.study_name, "start": self.path_start.to_list(), "steps": rows},
