@@ -24,7 +24,7 @@ from nas.costs import Scenario
 from nas.external import Candidate, ExternalTable, load_external
 from nas.limits import UNITS, Bound, as_limits, bounds_of, infeasible
 from nas.run import digest
-from nas.solve import Problem, Solution, solve_pool
+from nas.solve import Problem, Solution, extreme, solve_pool
 
 
 def run_table_search(path: Path, config: SearchConfig, scenario: Scenario, run: Path, dry_run: bool) -> dict[str, Any]:
@@ -86,13 +86,15 @@ def search_table(table: ExternalTable, config: SearchConfig, share: float | None
 
 
 def _infeasible(table: ExternalTable, problem: Problem, bounds: Sequence[Bound]) -> InfeasibleBudgetError:
-    """With the smallest budget to the byte, as --budget-gb takes it."""
+    """With the smallest budget under the other limits to the byte, as --budget-gb takes it, where a larger one would do."""
     error = infeasible(problem, table.fixed, bounds)
-    advice = "; change a limit, or give more candidates"
-    if error.binding == "memory" and 0 < error.smallest_gb < math.inf:
-        size = round(error.smallest_gb * 1e9)
-        advice = f"; the smallest budget is --budget-gb {Decimal(size) / 10**9}, or give more candidates"
-    return InfeasibleBudgetError(f"{error}{advice}", error.smallest_gb, error.binding)
+    most = next((bound.high for bound in bounds if bound.name == "memory"), None)
+    least = None if most is None else extreme(problem, "memory", "min")
+    size = 0 if least is None else least + table.fixed["memory"]
+    if most is None or size <= most:
+        return InfeasibleBudgetError(f"{error}; change a limit, or give more candidates", error.smallest_gb, error.binding)
+    advice = f"; the smallest budget is --budget-gb {Decimal(size) / 10**9:f}, or give more candidates"
+    return InfeasibleBudgetError(f"{error}{advice}", size / 1e9, "memory")
 
 
 def uniform(table: ExternalTable, problem: Problem) -> tuple[int, ...] | None:
