@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -71,7 +72,7 @@ class GraphTimer:
             with torch.cuda.stream(self.stream):
                 graph.replay()  # one that cannot run fails here, where it was made
             self.stream.synchronize()
-        return graph.replay
+        return _Captured(graph, work)
 
     def time(self, works: Sequence[Work], advance: Advance) -> list[float]:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(works) + 1)]
@@ -87,6 +88,17 @@ class GraphTimer:
         for _ in works:
             advance()
         return [before.elapsed_time(after) * 1e6 for before, after in pairwise(marks)]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and the work it was captured from: the graph knows the work's tensors by address alone, and holds none."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Work
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def make_timer(device: torch.device) -> Timer:
