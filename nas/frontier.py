@@ -7,8 +7,8 @@ bound in the end is at least
     reduced(x) + sum over the groups left of min_c (reduced_c + v use_c)  +  v (use(x) - slack)
 
 A fan of directions v, per row and mixed, comes close to the state's own linear relaxation and is one matrix product for
-all states. What goes over a row whatever follows is cut off too, and of states with equal use the cheapest stays (dynamic
-programming). If more than `most` remain, those with the least bounds go on, and the least bound of those given up is
+all states. What goes over a row whatever follows is cut off too, and of two states of which one
+scores and uses no less than the other it goes (dynamic programming). If more than `most` remain, those with the least bounds go on, and the least bound of those given up is
 reported: nothing below it was lost.
 """
 
@@ -19,10 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STEPS = np.geomspace(0.1, 1.5, 4)  # lengths of the directions, in widths per spread of what candidates use
-MIXED = 40  # mixed directions a length
+STEPS = np.geomspace(0.1, 1.0, 3)  # lengths of the directions, in widths per spread of what candidates use
+MIXED = 20  # mixed directions a length
 AT_ONCE = 16  # directions in one product
-FEW = 64  # states that are not worth looking for equals among
+FEW = 64  # states that are not worth comparing
+CELLS = 1000  # within a thousandth of their spread, states count as nearly equal
+COMPARED = 3  # rows
+WORTH, REST = 0.98, 4  # a row that leaves more than this rests for so many groups
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,26 @@ def explore(groups: list[Group], slack: np.ndarray, prices: np.ndarray, width: f
         least, use = ahead[0]
         here = (groups[group].reduced + directions @ groups[group].use.T).min(axis=1)
         ahead.insert(0, (least + here, use + groups[group].use.min(axis=0)))
-    finest = _finest(groups)
-    costs, uses = np.zeros(1), np.zeros((1, len(slack)), dtype=np.int64)
-    history: list[tuple[np.ndarray, np.ndarray]] = []
-    missed = math.inf
+    states = _States(
+        np.zeros(1), np.zeros((1, len(slack)), dtype=np.int64), np.zeros(1, np.int32), np.zeros(1, np.int16)
+    )
+    comparison, history, missed = _Comparison.of(groups), [], math.inf
     for group, (least, smallest) in zip(order, ahead[1:], strict=True):
-        costs, uses, parents, picks = _grow(costs, uses, groups[group], width, slack - smallest)
-        kept = _undominated(costs - uses @ prices, uses, finest)
-        costs, uses, parents, picks = costs[kept], uses[kept], parents[kept], picks[kept]
-        kept, bounds = _promising(costs, uses - slack, directions, least, width)
+        states = _grow(states, groups[group], width, slack - smallest)
+        kept, bounds = _promising(states.costs, states.uses - slack, directions, least, width)
+        states = states.at(kept)
+        kept = comparison.undominated(states.costs - states.uses @ prices, states.uses)
         if len(kept) > most:
+            bounds = bounds[kept]
             by_bound = np.argpartition(bounds, most)
             missed = min(missed, float(bounds[by_bound[most:]].min()))
             kept = kept[by_bound[:most]]
-        costs, uses, parents, picks = costs[kept], uses[kept], parents[kept], picks[kept]
-        history.append((parents, picks))
-        if not len(costs):
-            return Explored(None, math.inf, missed)
-    fits = np.flatnonzero((uses <= slack).all(axis=1))
+        states = states.at(kept)
+        history.append((states.parents, states.picks))
+    fits = np.flatnonzero((states.uses <= slack).all(axis=1))
     if not len(fits):
         return Explored(None, math.inf, missed)
-    totals = costs[fits] + (slack - uses[fits]) @ prices
+    totals = states.costs[fits] + (slack - states.uses[fits]) @ prices
     place = int(fits[np.argmin(totals)])
     choice = [0] * len(groups)
     for group, (parents, picks) in zip(reversed(order), reversed(history), strict=True):
@@ -89,17 +91,24 @@ def explore(groups: list[Group], slack: np.ndarray, prices: np.ndarray, width: f
     return Explored(tuple(choice), float(totals.min()), missed)
 
 
+@dataclass(frozen=True)
+class _States:
+    """Choices in the first groups: reduced costs, uses [states, rows]; the state each comes from, and its last pick."""
+
+    costs: np.ndarray
+    uses: np.ndarray
+    parents: np.ndarray
+    picks: np.ndarray
+
+    def at(self, kept: np.ndarray) -> _States:
+        return _States(self.costs[kept], self.uses[kept], self.parents[kept], self.picks[kept])
+
+
 def _order(groups: list[Group]) -> list[int]:
     """Groups by what they can move, the most first, so that the last ones cannot repair much."""
     sizes = np.max([np.abs(group.use).max(axis=0, initial=0) for group in groups], axis=0, initial=1)
     moves = [float((np.abs(group.use) / sizes).sum(axis=1).max(initial=0.0)) for group in groups]
     return sorted(range(len(groups)), key=lambda g: -moves[g])
-
-
-def _finest(groups: list[Group]) -> int:
-    """The row in which the candidates of a group differ most."""
-    different = [[len(np.unique(column)) for column in group.use.T] for group in groups]
-    return int(np.argmax(np.sum(different, axis=0))) if different[0] else 0
 
 
 def _directions(groups: list[Group], prices: np.ndarray, width: float) -> np.ndarray:
@@ -121,32 +130,60 @@ def _directions(groups: list[Group], prices: np.ndarray, width: float) -> np.nda
     return np.maximum(np.concatenate([np.zeros((1, rows)), changes]), -prices)
 
 
-def _grow(
-    costs: np.ndarray, uses: np.ndarray, group: Group, width: float, room: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every state with every candidate of the group, but for those over the width or a row: costs, uses, parents, picks."""
+def _grow(states: _States, group: Group, width: float, room: np.ndarray) -> _States:
+    """Every state with every candidate of the group, but for those over the width or a row."""
     parts = []
     for pick, (cost, use) in enumerate(zip(group.reduced, group.use, strict=True)):
-        parents = np.flatnonzero((costs + cost <= width) & (uses <= room - use).all(axis=1))
-        parts.append((costs[parents] + cost, uses[parents] + use, parents.astype(np.int32), pick))
-    picks = np.concatenate([np.full(len(part[0]), part[3], dtype=np.int16) for part in parts])
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts]), picks  # fmt: skip
+        parents = np.flatnonzero((states.costs + cost <= width) & (states.uses <= room - use).all(axis=1))
+        picks = np.full(len(parents), pick, dtype=np.int16)
+        parts.append((states.costs[parents] + cost, states.uses[parents] + use, parents.astype(np.int32), picks))
+    return _States(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _undominated(scores: np.ndarray, uses: np.ndarray, finest: int) -> np.ndarray:
-    """Indices of the states but for those that score and use as much as another or more, with equal use of all rows but one.
+@dataclass
+class _Comparison:
+    """Finds states that score and use no less than another: whatever follows, they end no better.
 
-    `finest` is that row, the one in which states differ most.
+    Looking at all pairs would take too long. For each of some rows, states that are (nearly) equal in all others stand together
+    in the order of their use of this one, and each is compared with the best before it. A row that finds few rests a while.
     """
-    if len(scores) <= FEW or not uses.shape[1]:
-        return np.arange(len(scores))
-    others = np.delete(uses, finest, axis=1)
+
+    rows: list[int]
+    rests: dict[int, int]
+
+    @classmethod
+    def of(cls, groups: list[Group]) -> _Comparison:
+        different = np.sum([[len(np.unique(column)) for column in group.use.T] for group in groups], axis=0)
+        rows = [int(row) for row in np.argsort(-different, kind="stable")[:COMPARED]]
+        return cls(rows, dict.fromkeys(rows, 0))
+
+    def undominated(self, scores: np.ndarray, uses: np.ndarray) -> np.ndarray:
+        """Indices of the states but for some of these."""
+        kept = np.arange(len(scores))
+        for row in self.rows:
+            if len(kept) <= FEW or self.rests[row]:
+                self.rests[row] = max(0, self.rests[row] - 1)
+                continue
+            better = _not_worse(scores[kept], uses[kept], row)
+            if len(better) > WORTH * len(kept):
+                self.rests[row] = REST
+            kept = kept[better]
+        return kept
+
+
+def _not_worse(scores: np.ndarray, uses: np.ndarray, row: int) -> np.ndarray:
+    others = np.delete(uses, row, axis=1)
+    others = others // np.maximum(1, np.ptp(others, axis=0) // CELLS)
     odd = np.random.default_rng(1).integers(1, 2**62, size=others.shape[1], dtype=np.int64) | 1
-    keys = (others * odd).sum(axis=1)  # wraps around: equal uses have equal keys, and equal keys are looked at below
-    order = np.lexsort((scores, uses[:, finest], keys))
-    new = np.concatenate(([True], (others[order[1:]] != others[order[:-1]]).any(axis=1)))
-    sunk = scores[order] - np.cumsum(new) * (2 * float(np.ptp(scores)) + 1e-300)  # equals by equals, each below all before
-    worse = np.concatenate(([False], sunk[1:] >= np.minimum.accumulate(sunk)[:-1])) & ~new
+    cells = (others * odd).sum(axis=1)  # wraps around: a chance meeting of two cells does no harm, states are compared
+    order = np.lexsort((scores, uses[:, row], cells))
+    new = np.concatenate(([True], cells[order[1:]] != cells[order[:-1]]))
+    sunk = scores[order] - np.cumsum(new) * (2 * float(np.ptp(scores)) + 1e-300)  # each cell below all before
+    record = np.concatenate(([True], sunk[1:] < np.minimum.accumulate(sunk)[:-1]))
+    best = np.maximum.accumulate(np.where(record, np.arange(len(order)), 0))
+    before = order[np.concatenate(([0], best[:-1]))]
+    worse = (scores[before] <= scores[order]) & (uses[before] <= uses[order]).all(axis=1)
+    worse[0] = False
     return order[~worse]
 
 

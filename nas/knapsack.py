@@ -25,7 +25,7 @@ from nas.frontier import Group, explore
 from nas.highs import program, relax
 
 CORE = 2  # candidates per group to begin with
-WIDER = 4  # how much the width grows while nothing is found
+WIDER, FURTHER = 4, 1.2  # how much the width grows while nothing is found, and after that: up to the cost found
 FEWEST_STATES, MORE_STATES, MOST_STATES = 2_000, 6, 432_000  # kept after each group
 LOST_STATES = 12_000  # at most, while nothing is found
 ROUNDING = 1e-13  # of a sum of scores, relative
@@ -90,14 +90,20 @@ class Best:
     prices: dict[int, float]
 
 
-def optimum(scores: Sequence[Sequence[float]], limits: Sequence[Bounded], gap: float, states: int = MOST_STATES) -> Best | None:
+def optimum(
+    scores: Sequence[Sequence[float]], limits: Sequence[Bounded], gap: float, states: int = MOST_STATES
+) -> Best | None:
     """The choice of least score that meets all limits, to a relative gap (infinite: any choice); None if there is none.
 
     The gap is missed where `states` after each group are too few for it; `Best.bound` tells.
     """
     rows = rows_of(limits)
     relaxation = None if rows is None else Relaxation.of(scores, rows)
-    return None if relaxation is None else _Search(relaxation, gap, states, np.zeros(len(relaxation.highs), dtype=bool)).run()
+    return (
+        None
+        if relaxation is None
+        else _Search(relaxation, gap, states, np.zeros(len(relaxation.highs), dtype=bool)).run()
+    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class _Search:
                 left = self.relaxation.reduced[self.relaxation.reduced > width]
                 width = max(width * WIDER, float(left.min())) if len(left) else math.inf
             else:
-                width = self.cost
+                width = max(width * FURTHER, self.cost / 16)
         return self._program() if self.picked is None else self._found()
 
     @property
