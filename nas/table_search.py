@@ -92,7 +92,9 @@ def _infeasible(table: ExternalTable, problem: Problem, bounds: Sequence[Bound])
     least = None if most is None else extreme(problem, "memory", "min")
     size = 0 if least is None else least + table.fixed["memory"]
     if most is None or size <= most:
-        return InfeasibleBudgetError(f"{error}; change a limit, or give more candidates", error.smallest_gb, error.binding)
+        return InfeasibleBudgetError(
+            f"{error}; change a limit, or give more candidates", error.smallest_gb, error.binding
+        )
     advice = f"; the smallest budget is --budget-gb {Decimal(size) / 10**9:f}, or give more candidates"
     return InfeasibleBudgetError(f"{error}{advice}", size / 1e9, "memory")
 
