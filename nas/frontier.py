@@ -55,8 +55,8 @@ def explore(groups: list[Group], slack: np.ndarray, prices: np.ndarray, width: f
         most: states kept after each group.
     """
     if not groups:
-        fits = bool((slack >= 0).all())
-        return Explored(() if fits else None, float(slack @ prices) if fits else math.inf, math.inf)
+        met = bool((slack >= 0).all())
+        return Explored(() if met else None, float(slack @ prices) if met else math.inf, math.inf)
     order, directions = _order(groups), _directions(groups, prices, width)
     ahead = [(np.zeros(len(directions)), np.zeros(len(slack), dtype=np.int64))]
     for group in reversed(order):

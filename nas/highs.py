@@ -23,9 +23,8 @@ from blocks.errors import NasError
 
 SECONDS = 60.0  # of one integer program
 LARGEST_COEFFICIENT = 100_000  # HiGHS takes 1e-6 for an integer: beyond this its slips are whole units
-LARGEST_COST = (
-    1e6  # of a candidate in the objective: HiGHS stops at an absolute gap of 1e-6, and loses its way in larger ones
-)
+LARGEST_COST = 1e6  # of a candidate in the objective: HiGHS stops at an absolute gap of 1e-6, and loses its way beyond
+SMALLEST_PRICE = 1e-9  # in the scaled relaxation: rounding
 INFEASIBLE, LIMIT = 2, 1  # scipy's status
 
 
@@ -57,7 +56,8 @@ def relax(scores: np.ndarray, starts: np.ndarray, uses: np.ndarray, highs: np.nd
         )
     if result.status == INFEASIBLE:
         return None
-    return np.maximum(0.0, -_values(result).ineqlin.marginals) * spread / scales
+    prices = -_values(result).ineqlin.marginals
+    return np.where(prices > SMALLEST_PRICE, prices, 0.0) * spread / scales  # any prices from 0 up give a bound
 
 
 @dataclass(frozen=True)

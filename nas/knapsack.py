@@ -213,7 +213,8 @@ class _Search:
             over = r.uses[:, picked].sum(axis=1) > r.highs
             if not over.any():
                 break
-            self.strict |= over  # a row that the relaxation leaves slack, and that matters all the same
+            # Rows that the relaxation leaves slack and that matter all the same. If it happens again, all are looked at.
+            self.strict |= True if self.strict.any() else over
         if found.cost < self.cost:
             self.picked, self.cost = picked, found.cost
         return found.missed

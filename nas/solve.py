@@ -148,7 +148,8 @@ def solve(
 
     Args:
         near: (choice, changes): at most `changes` groups differ from it.
-        gap: relative gap at which the search for better ones stops.
+        gap: relative gap at which the search for better ones stops. `Solution.gap` tells if it was not reached: data made to
+            be hard (many limits, scores that are the limits' own amounts turned around) can be left at some 1e-5.
 
     Returns None if `avoid` and `near` leave nothing. Raises InfeasibleBudgetError if the limits themselves cannot be met.
     """
