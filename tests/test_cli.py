@@ -196,7 +196,7 @@ def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path, monkeypatch: pyt
         (["search"], r"give a limit: --budget-gb 80 .*, --budget 0\.6"),
         (["search", "--budget-gb", "1", "--budget", "0.5"], r"give one budget"),
         (["search", "--budget-gb", "-1"], r"--budget-gb -1: -1 must be above 0"),
-        (["search", "--budget-gb", "inf"], r"--budget-gb inf: inf must be above 0"),
+        (["search", "--budget-gb", "inf"], r"--budget-gb inf: inf is no size of any machine"),
         (["search", "--budget-gb", "nan"], r"--budget-gb nan: nan must be above 0"),
         (["search", "--budget", "60"], r"budget is '60'; it must be a share between 0 and 1"),
         (["search", "--budget", "0.5", "--batch", "-4"], r"--batch must be at least 1, not -4"),
