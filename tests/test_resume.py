@@ -29,7 +29,8 @@ IN_SCORE = (
     ("scores.csv", "before"),
     ("score.json", "before"),
 )
-IN_SEARCH = (("journal", 3), ("journal", 12), ("journal", 40), ("rename", 2), ("rename", 4))  # renaming the child, the uniform baseline
+# Lines of the journal; renaming the child, and the uniform baseline.
+IN_SEARCH = (("journal", 3), ("journal", 12), ("journal", 40), ("rename", 2), ("rename", 4))
 LARGER = ("--budget", "0.8", "--batch", 1, "--context", 128)
 
 
