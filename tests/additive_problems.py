@@ -49,6 +49,26 @@ def differences(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(a != b for a, b in zip(one, other, strict=True))
 
 
+SHARES = {"memory": 0.5, "parameters": 0.47, "request": 0.48}
+
+
+def real_like(seed: int, groups: int, candidates: int, limits: int) -> Problem:
+    """Scores rise with what is cut, and all amounts follow the share that is kept."""
+    rng = random.Random(seed)
+    kept = [[1.0, *(rng.random() for _ in range(candidates - 1))] for _ in range(groups)]
+    scores = [[(1 - share) ** 1.5 * rng.lognormvariate(-4, 0.5) for share in row] for row in kept]
+    chosen = []
+    for name, share in list(SHARES.items())[:limits]:
+        amounts = [[int(1e9 * x * rng.uniform(0.6, 1)) for x in row] for row in kept]
+        chosen.append(Limit(name, amounts, high=int(share * sum(map(max, amounts)))))
+    return Problem(scores, chosen)
+
+
+def unrelated(seed: int, groups: int, candidates: int, limits: int) -> Problem:
+    """All at random: what such solvers find hardest."""
+    return uncorrelated(seed, groups, candidates, limits, share=0.3)
+
+
 def uncorrelated(seed: int, groups: int = 126, candidates: int = 60, limits: int = 3, share: float = 0.35) -> Problem:
     """Scores and amounts that have nothing to do with each other: no real parent is as bad."""
     rng = np.random.default_rng(seed)

@@ -8,7 +8,16 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from additive_problems import differences, every_choice, feasible, problem_of, realistic, small_problem, uncorrelated
+from additive_problems import (
+    differences,
+    every_choice,
+    feasible,
+    problem_of,
+    real_like,
+    realistic,
+    small_problem,
+    uncorrelated,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -171,11 +180,12 @@ def test_bounds_hold_when_states_are_too_few_for_a_proof(monkeypatch: pytest.Mon
     [
         uncorrelated(0),
         uncorrelated(1, share=0.14),
+        real_like(0, 126, 60, 3),
         realistic(0),
         realistic(1, shares=(("bytes", 0.4), ("prefill", 0.42), ("decode", 0.41))),
         realistic(2, noise=0.02, shares=(("kv", 0.4), ("prefill", 0.5), ("parameters", 0.5))),
     ],
-    ids=["uncorrelated", "uncorrelated-tight", "one-binds", "times", "coarse"],
+    ids=["uncorrelated", "uncorrelated-tight", "real-like", "one-binds", "times", "coarse"],
 )
 def test_the_largest_size_is_proven_in_seconds(problem: Problem) -> None:
     assert (len(problem.scores), len(problem.scores[0]), len(problem.limits)) == (126, 60, 3)
@@ -294,6 +304,12 @@ def test_large_infeasible_problems_are_told_soon() -> None:
     with pytest.raises(InfeasibleBudgetError):
         solve(problem)
     assert time.process_time() - started <= 2 * SECONDS
+
+
+def test_the_cheapest_choice_itself_is_feasible() -> None:
+    solution = solve(one_limit([[0.0, 1.0], [0.0, 1.0]], [[3, 1], [3, 2]], 3))
+    assert solution is not None
+    assert (solution.choice, solution.totals) == ((1, 1), {"limit 0": 3})
 
 
 def test_no_limits_at_all() -> None:
