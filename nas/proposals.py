@@ -105,7 +105,9 @@ class Proposer:
         drawn = np.sum([draw[choices[:, layer]] for layer, draw in enumerate(prior)], axis=0)
         noise = NOISE * max(float(np.abs(residual).max()), 1e-9)
         misfit = residual - drawn - noise * rng.normal(size=len(residual))
-        weights = np.linalg.solve(kernel + noise**2 * np.eye(len(kernel)), misfit)
+        # Beside the noise a little for children measured twice, which would make the kernel singular.
+        held = noise**2 + 1e-9 * max(float(kernel.diagonal().mean()), 1e-9)
+        weights = np.linalg.solve(kernel + held * np.eye(len(kernel)), misfit)
         return [
             np.bincount(choices[:, layer], weights=weights, minlength=len(width)) * width**2
             for layer, width in enumerate(spread)

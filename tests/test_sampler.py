@@ -305,6 +305,14 @@ def test_without_any_measured_child_draws_are_the_prior() -> None:
     assert np.abs(drawn.var(0, ddof=1) / spread**2 - 1).max() < 5 * np.sqrt(2 / len(drawn))
 
 
+def test_a_child_that_was_measured_twice_is_no_trouble() -> None:
+    """Two equal rows make the kernel singular, and a table that is exactly right leaves no noise to repair it."""
+    candidates = of_product(2, 4, budget=1)
+    child = some_children(candidates, 1, 3)[0]
+    measured = [(child, candidates.predicted(child))] * 3
+    assert np.isfinite(draws(candidates, measured, 20)).all()
+
+
 def test_spaces_that_are_no_product_are_kept_to() -> None:
     """A table of hand-picked pairs: not every attention goes with every FFN."""
     candidates = limited(random_table(0, most=5), costs_of(), budget=0.6)
