@@ -41,7 +41,7 @@ from nas.samplers import make_sampler
 from nas.score import run_score
 from nas.search import Search
 from nas.study import Ledger, architecture_of
-from nas.trials import Trials, origin_of
+from nas.trials import Trials, meets_limits, origin_of
 
 TOKENS = 18_900_000
 MARKS = (1_000_000, 5_000_000, 18_900_000)
@@ -324,7 +324,7 @@ def history(trials: Trials, name: str, seed: int, seconds: float) -> dict[str, A
     """The best KL within the budget after so many evaluations."""
     best, curve, within = float("inf"), [], 0
     for trial in trials.ledger.finished:
-        fits = all(value <= 0 for value in trial.constraints.values())
+        fits = meets_limits(trial)
         if fits and trial.value is not None:
             best = min(best, trial.value)
         within += fits and origin_of(trial) == "swap"

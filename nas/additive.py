@@ -16,8 +16,6 @@ from nas.limits import Bound, as_limits, infeasible
 from nas.solve import Problem, Solution, solve, solve_pool
 from nas.table import ScoreRow
 
-POOL_GAP = 1e-3  # relative: a near-optimum need not be proven the best of the near-optima
-
 
 @dataclass(frozen=True)
 class Candidates:

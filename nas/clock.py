@@ -73,8 +73,7 @@ def architecture_times(clock: Clock, architecture: Architecture) -> Times:
 
 def tokens_per_second(scenario: Scenario, prefill_ns: int, decode_ns: int) -> float:
     """Generated tokens per second: batch * output / (prefill + output * decode)."""
-    seconds = (prefill_ns + scenario.output_tokens * decode_ns) / 1e9
-    return scenario.batch * scenario.output_tokens / seconds
+    return scenario.tokens_per_s(scenario.request_ns(prefill_ns, decode_ns))
 
 
 def attended_tokens(scenario: Scenario) -> int:

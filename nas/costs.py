@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape, as_built
 from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from nas.limits import cost_field
 
 if TYPE_CHECKING:
     from nas.clock import Clock
@@ -74,6 +75,22 @@ class Scenario:
         """Tokens generated for a request."""
         return self.output if self.output is not None else max(1, self.context - self.prompt_tokens)
 
+    @property
+    def reserve_bytes(self) -> int:
+        return round(self.reserve_gb * 1e9)
+
+    def request_ns(self, prefill_ns: int, decode_ns: int) -> int:
+        """A whole request: the prompts read, and every output token."""
+        return prefill_ns + self.output_tokens * decode_ns
+
+    def tokens_per_s(self, request_ns: float) -> float:
+        """Generated tokens a second of a whole batch of requests."""
+        return self.batch * self.output_tokens / request_ns * 1e9
+
+    def to_json(self) -> dict[str, Any]:
+        """With what prompt and output come to."""
+        return asdict(self) | {"prompt": self.prompt_tokens, "output": self.output_tokens}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -112,8 +129,7 @@ class Cost:
 
     def total(self, limit: str) -> int:
         """By the name of a limit (nas/limits.py)."""
-        names = {"memory": "total_bytes", "kv": "kv_bytes", "parameters": "parameters"}
-        value = getattr(self, names.get(limit, f"{limit}_ns"))
+        value = getattr(self, cost_field(limit))
         assert value is not None, f"{limit} needs a clock"
         return int(value)
 
@@ -157,12 +173,8 @@ class CostModel:
         return self.clock
 
     def _times(self, limit: str, times: Any) -> int:
-        whole = times.prefill_ns + self.scenario.output_tokens * times.decode_ns
+        whole = self.scenario.request_ns(times.prefill_ns, times.decode_ns)
         return int({"ttft": times.prefill_ns, "tpot": times.decode_ns, "request": whole}[limit])
-
-    def tokens_per_s(self, request_ns: int) -> float:
-        """Generated tokens a second of a whole batch of requests."""
-        return self.scenario.batch * self.scenario.output_tokens / request_ns * 1e9
 
     def divides(self, layer: LayerSpec) -> bool:
         """Whether `tp` GPUs can share a layer: heads and channels divide, KV heads divide or are replicated."""
@@ -189,7 +201,7 @@ class CostModel:
 
     @property
     def reserve_bytes(self) -> int:
-        return round(self.scenario.reserve_gb * 1e9)
+        return self.scenario.reserve_bytes
 
     def cost(self, architecture: Architecture) -> Cost:
         """Of a child, as it is on disk."""
@@ -220,7 +232,8 @@ class CostModel:
             self.fixed_total(name) + sum(self._times(name, times) for times in layers)
             for name in ("ttft", "tpot", "request")
         )
-        return {"ttft_ns": ttft, "tpot_ns": tpot, "request_ns": request, "tokens_per_s": self.tokens_per_s(request)}
+        rate = self.scenario.tokens_per_s(request)
+        return {"ttft_ns": ttft, "tpot_ns": tpot, "request_ns": request, "tokens_per_s": rate}
 
     def budget_for_share(self, share: float) -> int:
         """Bytes of the budget that keeps `share` of what can change: attention and FFN weights and KV cache."""

@@ -160,7 +160,7 @@ def load_external(path: Path, scenario: Scenario) -> ExternalTable:
 def _fixed(rows: Iterable[Candidate], scenario: Scenario) -> dict[str, int]:
     every = [row.amounts for row in rows]
     total = {limit: sum(amounts[limit] for amounts in every) for limit in (*LIMITS, "weights")}
-    return total | {"memory": total["memory"] + round(scenario.reserve_gb * 1e9)}
+    return total | {"memory": total["memory"] + scenario.reserve_bytes}
 
 
 def _require_whole(path: Path, found: Mapping[tuple[int, str], Mapping[str, Candidate]]) -> None:
@@ -239,7 +239,7 @@ def _amounts(record: Record, subblock: str, scenario: Scenario) -> dict[str, int
     if "weights" in found and "kv" in found:
         found["memory"] = found["weights"] + found["kv"]
     if "ttft" in found and "tpot" in found and (prefill, decode) != (None, None):
-        found["request"] = found["ttft"] + scenario.output_tokens * found["tpot"]
+        found["request"] = scenario.request_ns(found["ttft"], found["tpot"])
     elif whole is not None:
         found["request"] = whole
     return found

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blocks.errors import ConfigError, InfeasibleBudgetError
 from nas.solve import Limit, Problem, Reach, why_infeasible
@@ -36,7 +36,6 @@ FLAGS = {
     "tpot": "--max-latency-ms",
     "request": "--min-throughput or --max-latency-ms",
 }
-TIMES = ("ttft", "tpot", "request")
 LARGEST = 1e18  # of what users may ask for, in any unit
 
 
@@ -112,6 +111,18 @@ class Bound:
         over = -math.inf if self.high is None else (total - self.high) / max(self.high, 1)
         under = -math.inf if self.low is None else (self.low - total) / max(self.low, 1)
         return max(over, under)
+
+
+def cost_field(limit: str) -> str:
+    """The field of a `nas.costs.Cost`, and of the costs in architecture.json, that a limit counts."""
+    return {"memory": "total_bytes", "kv": "kv_bytes", "parameters": "parameters"}.get(limit, f"{limit}_ns")
+
+
+def limits_told(bounds: Sequence[Bound]) -> dict[str, Any]:
+    """Bounds as architecture.json has them: every limit, and the budget of memory."""
+    budget = next((bound.high for bound in bounds if bound.name == "memory"), None)
+    limits = {bound.name: {"low": bound.low, "high": bound.high, "unit": UNITS[bound.name]} for bound in bounds}
+    return {"limits": limits, "budget_bytes": budget, "budget_gb": None if budget is None else budget / 1e9}
 
 
 def in_words(name: str, value: float) -> str:

@@ -104,20 +104,24 @@ def walk(
     parent = candidates.costs.shape.parent_architecture
     present = done[-1].architecture if done else start
     child = assembler.assemble(present)
+    kl = done[-1].kl if done else 0.0 if present == parent else _kl(assembler, child, how)
     for number in range(len(done), steps):
         progress = (number + 1) / steps
         if present == parent:
             scores, kl = candidates.scores, 0.0
         else:
             scores = changes_around(assembler, candidates, child, how)
-            kl = float(assembler.true_kl(child, how.rows(assembler)).mean())
         solution = solve(candidates.tightened(progress, start).problem_of(scores), gap=STEP_GAP)
         if solution is None:
             return
         present = candidates.architecture(solution.choice)
         child = assembler.assemble(present)
-        measured = float(assembler.true_kl(child, how.rows(assembler)).mean())
-        yield Step(progress, present, kl + solution.score, measured)
+        predicted, kl = kl + solution.score, _kl(assembler, child, how)
+        yield Step(progress, present, predicted, kl)
+
+
+def _kl(assembler: Assembler, child: Child, how: Rescoring) -> float:
+    return float(assembler.true_kl(child, how.rows(assembler)).mean())
 
 
 def around(

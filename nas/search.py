@@ -37,7 +37,7 @@ from nas.costs import CostModel, Scenario
 from nas.data import load_pack, to_tokens
 from nas.engine import make_sweep
 from nas.finalists import ShortHeals, choose_finalists, short, variants
-from nas.limits import UNITS, bounds_of
+from nas.limits import bounds_of, limits_told
 from nas.measure import measure
 from nas.path import Rescoring, Step, around, walk
 from nas.progress import Reporter
@@ -47,7 +47,7 @@ from nas.score import build_again
 from nas.solve import Solution
 from nas.study import Ledger, architecture_of
 from nas.table import load_table
-from nas.trials import Trials, origin_of, pruner
+from nas.trials import Trials, meets_limits, origin_of, pruner
 from nas.turns import turn
 
 FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune")
@@ -289,7 +289,11 @@ class Search:
     @cached_property
     def has_library(self) -> bool:
         """Whether every candidate is on disk; scores around a child need them all."""
-        return all(self.assembler.library.has(index) for index in self.parent.shape.layers)
+        return all(self.library.has(index) for index in self.parent.shape.layers)
+
+    @cached_property
+    def library(self) -> BlockLibrary:
+        return BlockLibrary(self.run.path("library"))
 
     @cached_property
     def baselines(self) -> dict[str, Architecture]:
@@ -300,12 +304,12 @@ class Search:
         data, device = self.run.path("data"), self.device
         return Assembler(
             sweep=make_sweep(self.parent, device),
-            library=BlockLibrary(self.run.path("library")),
+            library=self.library,
             fit_tokens=to_tokens(load_pack(data / "fit.npy"), None, device),
             verify_tokens=to_tokens(load_pack(data / "calibration.npy"), self.config.verify_tokens, device),
             pseudo_tokens=self.config.refit_pseudo_tokens if self.config.refit else None,
             reporter=self.reporter,
-            build=lambda architecture: self._build([architecture]),
+            build=None if self.has_library else lambda architecture: self._build([architecture]),
         )
 
     @cached_property
@@ -336,36 +340,22 @@ class Search:
         pack = load_pack(self.run.path("data") / "heldout.npy")
         heldout = measure(self.parent, directories, pack, self.device, self.reporter)
         clock = costs.clock
-        memory = next((bound for bound in self.candidates.bounds if bound.name == "memory"), None)
-        budget = None if memory is None else memory.high
         result = {
             "key": self.key,
             "parent": self.run.config.parent,
             "fingerprint": self.run.fingerprint,
             "shape": asdict(self.parent.shape),
-            "scenario": asdict(self.scenario)
-            | {"prompt": self.scenario.prompt_tokens, "output": self.scenario.output_tokens},
-            "limits": {
-                bound.name: {"low": bound.low, "high": bound.high, "unit": UNITS[bound.name]}
-                for bound in self.candidates.bounds
-            },
+            "scenario": self.scenario.to_json(),
+            **limits_told(self.candidates.bounds),
             "clock": None
             if clock is None
             else {"name": clock.name, "device": clock.device, "estimate": clock.estimate},
-            "budget_bytes": budget,
-            "budget_gb": None if budget is None else budget / 1e9,
             "formula": costs.formula(architecture),
             "cost": costs.cost(architecture).to_json(),
             "parent_cost": costs.parent_cost().to_json(),
             "uniform_cost": None if uniform is None else costs.cost(uniform).to_json(),
             "predicted_kl": self.candidates.predicted(architecture),
-            "optimum": {
-                "score": optimum.score,
-                "bound": optimum.bound,
-                "gap": optimum.gap,
-                "binding": list(optimum.binding),
-                "prices": optimum.prices,
-            },
+            "optimum": optimum.proof(),
             "layers": architecture.to_list(),
             "uniform_layers": None if uniform is None else uniform.to_list(),
             "kl": chosen.value,
@@ -416,6 +406,6 @@ def _told(trial: FrozenTrial) -> dict[str, Any]:
         "total_bytes": facts.get("total_bytes"),
         "parameters": facts.get("parameters"),
         "tokens_per_s": facts.get("tokens_per_s"),
-        "within": all(value <= 0 for value in trial.constraints.values()),
+        "within": meets_limits(trial),
         "layers": architecture_of(trial.params).to_list(),
     }

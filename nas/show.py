@@ -14,7 +14,7 @@ from rich.text import Text
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, AttentionSpec, FFNSpec
 from nas.costs import CostModel, Scenario
-from nas.limits import UNITS, in_words
+from nas.limits import UNITS, cost_field, in_words
 from nas.run import Run
 from nas.table import load_table
 
@@ -167,7 +167,7 @@ def limit_lines(found: dict[str, Any]) -> RenderableType:
     estimate = " (estimate)" if clock["estimate"] else ""
     lines = []
     for name, limit in found["limits"].items():
-        total, parent = cost_of(name, cost), cost_of(name, found["parent_cost"])
+        total, parent = cost[cost_field(name)], found["parent_cost"][cost_field(name)]
         share = f"{total / parent:.1%}" if parent else "all"  # of nothing: a table from elsewhere may say 0
         ends = [f"at least {in_words(name, limit['low'])}"] if limit["low"] is not None else []
         ends += [f"at most {in_words(name, limit['high'])}"] if limit["high"] is not None else []
@@ -205,12 +205,6 @@ def _price(name: str, price: float) -> str:
     """A shadow price for people: nats that a little more would save."""
     unit, factor = {"bytes": ("GB", 1e9), "ns": ("ms", 1e6)}.get(UNITS[name], ("million", 1e6))
     return f"one {unit} more would save {price * factor:.3g} nats"
-
-
-def cost_of(limit: str, cost: dict[str, Any]) -> float:
-    """What a limit counts, out of a cost as JSON."""
-    names = {"memory": "total_bytes", "kv": "kv_bytes", "parameters": "parameters"}
-    return float(cost[names.get(limit, f"{limit}_ns")])
 
 
 def _digits(value: float | None) -> str:

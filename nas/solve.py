@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from blocks.errors import InfeasibleBudgetError
 
@@ -91,6 +91,11 @@ class Solution:
     def gap(self) -> float:
         """How much better a score could be at most, in nats per token."""
         return max(0.0, self.score - self.bound)
+
+    def proof(self) -> dict[str, Any]:
+        """What is known of it, without the choice, as architecture.json has it."""
+        known = {"score": self.score, "bound": self.bound, "gap": self.gap}
+        return known | {"binding": list(self.binding), "prices": self.prices}
 
 
 @dataclass(frozen=True)

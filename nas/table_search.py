@@ -22,7 +22,7 @@ from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
 from nas.config import SearchConfig
 from nas.costs import Scenario
 from nas.external import Candidate, ExternalTable, load_external
-from nas.limits import UNITS, Bound, as_limits, bounds_of, infeasible
+from nas.limits import Bound, as_limits, bounds_of, cost_field, infeasible, limits_told
 from nas.run import digest
 from nas.solve import Problem, Solution, extreme, solve_pool
 
@@ -134,28 +134,19 @@ def _told(
 ) -> dict[str, Any]:
     """What architecture.json says, in the words that it has for a search with a parent (docs/formats.md)."""
     best, scenario = pool[0], table.scenario
-    limits = {bound.name: {"low": bound.low, "high": bound.high, "unit": UNITS[bound.name]} for bound in bounds}
-    budget = next((bound.high for bound in bounds if bound.name == "memory"), None)
+    limits = limits_told(bounds)
     content = hashlib.sha256(table.path.read_bytes()).hexdigest()
     told: dict[str, Any] = {
-        "key": digest(content, asdict(scenario), limits),
+        "key": digest(content, asdict(scenario), limits["limits"]),
         "table": str(table.path),
-        "scenario": asdict(scenario) | {"prompt": scenario.prompt_tokens, "output": scenario.output_tokens},
-        "limits": limits,
+        "scenario": scenario.to_json(),
+        **limits,
         "clock": {"name": "the table", "device": "the table's device", "estimate": False} if _timed(table) else None,
-        "budget_bytes": budget,
-        "budget_gb": None if budget is None else budget / 1e9,
         "formula": _formula(table, best.choice),
         "cost": _cost(table, best.choice),
         "parent_cost": _cost(table, table.parent),
         "predicted_kl": best.score,
-        "optimum": {
-            "score": best.score,
-            "bound": best.bound,
-            "gap": best.gap,
-            "binding": list(best.binding),
-            "prices": best.prices,
-        },
+        "optimum": best.proof(),
         "groups": table.places,
         "layers": table.names(best.choice),
         "pool": [{"predicted_kl": s.score, "totals": _whole(table, s), "layers": table.names(s.choice)} for s in pool],
@@ -191,7 +182,7 @@ def _formula(table: ExternalTable, choice: Sequence[int]) -> str:
     """What the budget is a sum of, in bytes, GB and GiB; without sizes, the other totals."""
     cost = _cost(table, choice)
     if "total_bytes" not in cost:
-        return ", ".join(f"{name} {cost[_field(name)]:,}" for name in table.known)
+        return ", ".join(f"{name} {cost[cost_field(name)]:,}" for name in table.known)
     of = f" of {cost['parameters']:,} parameters" if "parameters" in cost else ""
     total = cost["total_bytes"]
     return (
@@ -200,22 +191,17 @@ def _formula(table: ExternalTable, choice: Sequence[int]) -> str:
     )
 
 
-def _field(limit: str) -> str:
-    """The key of a cost, as architecture.json has it, that a limit counts."""
-    return {"memory": "total_bytes", "kv": "kv_bytes", "parameters": "parameters"}.get(limit, f"{limit}_ns")
-
-
 def _cost(table: ExternalTable, choice: Sequence[int]) -> dict[str, Any]:
     """A whole child's totals of every limit that the table knows of, under the keys of `nas.costs.Cost`."""
     scenario = table.scenario
-    cost: dict[str, Any] = {_field(name): table.total(name, choice) for name in table.known}
+    cost: dict[str, Any] = {cost_field(name): table.total(name, choice) for name in table.known}
     if "total_bytes" in cost:
-        reserve = round(scenario.reserve_gb * 1e9)
+        reserve = scenario.reserve_bytes
         weights = cost["total_bytes"] - cost["kv_bytes"] - reserve
         cost |= {"gb": cost["total_bytes"] / 1e9, "weight_bytes": weights, "reserve_bytes": reserve}
         cost |= {"fixed_bytes": table.fixed["weights"], **_by_kind(table, choice)}
     if cost.get("request_ns"):
-        cost["tokens_per_s"] = scenario.batch * scenario.output_tokens / cost["request_ns"] * 1e9
+        cost["tokens_per_s"] = scenario.tokens_per_s(cost["request_ns"])
     for name, limit in (("prefill_ms", "ttft_ns"), ("decode_ms", "tpot_ns")):
         cost[name] = cost[limit] / 1e6 if limit in cost else None
     return cost

@@ -21,6 +21,7 @@ from blocks.spec import Architecture
 from nas.additive import Candidates
 from nas.assemble import Assembler
 from nas.baselines import BASELINES
+from nas.costs import Cost
 from nas.progress import Reporter
 from nas.study import Ledger, architecture_of
 
@@ -72,7 +73,8 @@ class Trials:
         """One child: assembled, refitted, measured, recorded."""
         started = time.perf_counter()
         architecture = architecture_of(trial.params)
-        facts, cost = self.facts(architecture), self.candidates.costs.cost(architecture)
+        cost = self.candidates.costs.cost(architecture)
+        facts = self._facts(architecture, cost)
         constraints = {bound.name: bound.excess(cost.total(bound.name)) for bound in self.candidates.bounds}
         if (known := self.ledger.value(architecture)) is not None:  # Optuna's samplers repeat themselves
             self.ledger.record(trial, known, constraints, **facts, repeated=True)
@@ -81,7 +83,7 @@ class Trials:
         sequences = len(self.assembler.verify_tokens)
         step = -(-sequences // BATCHES)
         values: list[float] = []
-        may_end_early = self.prunes and trial.user_attrs.get("origin", "swap") not in NEVER_PRUNED
+        may_end_early = self.prunes and origin_of(trial) not in NEVER_PRUNED
         for start in range(0, sequences, step):
             kl = self.assembler.true_kl(child, slice(start, start + step))
             trial.report(float(kl.mean()), start // step)
@@ -94,9 +96,8 @@ class Trials:
         error = standard_error(values)
         self.ledger.record(trial, _mean(values), constraints, **facts, kl_se=error, seconds=seconds)
 
-    def facts(self, architecture: Architecture) -> dict[str, float]:
+    def _facts(self, architecture: Architecture, cost: Cost) -> dict[str, float]:
         """What the ledger keeps of a child beside its KL."""
-        cost = self.candidates.costs.cost(architecture)
         known: dict[str, float] = {"total_bytes": cost.total_bytes, "parameters": cost.parameters}
         if cost.tokens_per_s is not None:
             known["tokens_per_s"] = cost.tokens_per_s
@@ -105,14 +106,18 @@ class Trials:
     def measured(self, origin: Callable[[str], bool] = lambda _: True) -> list[FrozenTrial]:
         """Wholly measured children within the limits, the best first."""
         done = [t for t in self.ledger.trials if t.state == TrialState.COMPLETE and t.value is not None]
-        within = [t for t in done if all(value <= 0 for value in t.constraints.values())]
-        return sorted((t for t in within if origin(origin_of(t))), key=lambda t: (t.value, t.number))
+        return sorted((t for t in done if meets_limits(t) and origin(origin_of(t))), key=lambda t: (t.value, t.number))
 
     def best(self) -> FrozenTrial | None:
         return next(iter(self.measured()), None)
 
 
-def origin_of(trial: FrozenTrial) -> str:
+def meets_limits(trial: FrozenTrial) -> bool:
+    """Whether a measured or pruned child is within all limits."""
+    return all(value <= 0 for value in trial.constraints.values())
+
+
+def origin_of(trial: FrozenTrial | Trial) -> str:
     """Which proposer a trial comes from; what the sampler names has no other origin."""
     return str(trial.user_attrs.get("origin", "swap"))
 

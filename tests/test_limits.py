@@ -129,7 +129,7 @@ def test_throughput_is_a_request_time_and_back(rate: Decimal, batch: int, output
     assert low is None and most is not None
     tokens = Fraction(batch * output * 10**9)
     assert tokens / (most + 1) < Fraction(rate) and (most == 0 or tokens / most >= Fraction(rate))
-    assert most == 0 or costs.tokens_per_s(most) == pytest.approx(float(tokens / most), rel=1e-12)
+    assert most == 0 or costs.scenario.tokens_per_s(most) == pytest.approx(float(tokens / most), rel=1e-12)
     least, none = bounds(costs, min_throughput=f":{rate}")["request"]
     assert none is None and least == math.ceil(tokens / Fraction(rate))
 
