@@ -1,0 +1,233 @@
+"""Children for comparing engines: every kind of block, and random topologies, each with what transformers makes of it.
+
+    python benchmarks/engine_children.py OUT                         children of SmolLM2-135M
+    python benchmarks/engine_children.py OUT --parent tiny           random topologies of a tiny random parent
+
+Each child is a directory as `nas distill` writes it, in fp32, with `reference.json` beside its files:
+
+    prompt      token ids that greedy decoding starts from       tokens       what it gives, ids
+    text        token ids of a fixed text                        log_probs    of text[1:], nats, given all before
+    margin      smallest gap of the two best log-probs over the greedy steps: equal tokens mean little below 1e-3
+    layers      the architecture                                 versions     of torch and transformers
+
+Weights are cut from the parent and not fitted: what is compared is two programs on one model, so that the model need not be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from blocks.checkpoint import load_child, write_child
+from blocks.parent import Parent, open_parent
+from blocks.shape import ModelShape
+from blocks.spec import Architecture, LayerSpec
+
+REFERENCE = "reference.json"
+GREEDY_TOKENS = 24
+PROMPT = "The with statement in Python is used to"
+TEXT = (
+    "A file object is its own context manager: when the block ends, whether it ends well or by an exception, the file is "
+    "closed. The same holds for locks, for database transactions and for temporary directories, all of which must be given back."
+)
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+}
+TINY_CHILDREN = 4
+
+
+def make_children(out_dir: Path, parent: str = "smollm2") -> list[Path]:
+    """Writes what is not there yet and returns the children's directories.
+
+    Args:
+        out_dir: where to write; children of other parents stay apart by name.
+        parent: "smollm2", "tiny" (random weights, byte tokenizer), or any name that `open_parent` takes.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    name = str(_tiny_parent(out_dir / "tiny-parent")) if parent == "tiny" else parent
+    opened = open_parent(name)
+    tag = "tiny" if parent == "tiny" else Path(parent).name
+    found = []
+    for child, layers in architectures(opened.shape, tiny=parent == "tiny").items():
+        path = out_dir / f"{tag}-{child}"
+        if not (path / REFERENCE).is_file():
+            write_child(path, opened.path, Architecture.from_list(layers), _cut(opened, layers), "float32")
+            (path / REFERENCE).write_text(json.dumps(reference(path, opened, layers), indent=1) + "\n")
+        found.append(path)
+    return found
+
+
+def architectures(shape: ModelShape, tiny: bool = False) -> dict[str, list[str]]:
+    """By name: the text form of one spec a layer."""
+    n, heads, width = shape.num_hidden_layers, shape.num_key_value_heads, shape.intermediate_size
+    full, half = f"attention:kv{heads}+ffn:{width}", f"attention:kv1+ffn:{width // 2 // 256 * 256}"
+    if tiny:
+        return {f"random-{seed}": _random(shape, seed, linear=seed % 2 == 1) for seed in range(TINY_CHILDREN)}
+
+    def changed(**at: str) -> list[str]:
+        return [at.get(f"l{layer}", full) for layer in range(n)]
+
+    return {
+        # Widths and head counts differ, every layer whole: what every engine serves.
+        "mild": [full if layer % 3 else half for layer in range(n)],
+        # Every way of leaving something out: an empty layer, attention alone beside FFN alone, attention alone in the
+        # middle and as the last layer, runs without attention.
+        "skips": changed(
+            l1=half,
+            l4="attention:skip+ffn:skip",
+            l5=f"attention:skip+ffn:{width}",
+            l8=f"attention:kv{heads}+ffn:skip",
+            l9=f"attention:skip+ffn:{width}",
+            l12="attention:kv1+ffn:skip",
+            l13="attention:skip+ffn:256",
+            l16="attention:kv1+ffn:skip",
+            l20=f"attention:skip+ffn:{width // 2}",
+            l21="attention:skip+ffn:skip",
+            l22=f"attention:skip+ffn:{width}",
+            **{f"l{n - 1}": "attention:kv1+ffn:skip"},
+        ),
+        # As after fusing FFNs: runs without attention that end in one wider than the parent's.
+        "wide": changed(l10=f"attention:skip+ffn:{2 * width}", l20=f"attention:kv1+ffn:{3 * width}"),
+        "linear-attention": changed(l6="attention:linear+ffn:768", l12=f"attention:linear+ffn:{width}", l18=half),
+        "linear-ffn": changed(l6="attention:kv1+ffn:linear", l12=f"attention:kv{heads}+ffn:linear"),
+        "linear-both": changed(l6="attention:linear+ffn:linear", l13="attention:skip+ffn:linear"),
+        "random-0": _random(shape, 0, linear=False),
+        "random-1": _random(shape, 1, linear=True),
+    }
+
+
+def _random(shape: ModelShape, seed: int, linear: bool) -> list[str]:
+    """Layer 0 keeps an attention; all else is drawn. SmolLM2 keeps three of four layers whole, lest it babble."""
+    draw = random.Random(seed)
+    counts = [n for n in range(1, shape.num_key_value_heads + 1) if shape.num_key_value_heads % n == 0]
+    attentions = [f"kv{n}" for n in counts] + ["skip"] + ["linear"] * linear
+    ffns = [str(w) for w in range(256, shape.intermediate_size + 1, 256)] + ["skip"] + ["linear"] * linear
+    whole = str(shape.parent_layer)
+    keep = 0.0 if shape.num_hidden_layers < 12 else 0.75
+    return [
+        whole
+        if draw.random() < keep
+        else f"attention:{draw.choice(attentions if layer else attentions[: len(counts)])}+ffn:{draw.choice(ffns)}"
+        for layer in range(shape.num_hidden_layers)
+    ]
+
+
+def _cut(parent: Parent, layers: list[str]) -> dict[str, Tensor]:
+    """The tensors of such a child of `parent`, in fp32."""
+    store, shape = parent.weights(), parent.shape
+    tensors = {name: store.get(name, torch.float32) for name in store.names() if not name.startswith("model.layers.")}
+    for index, text in enumerate(layers):
+        spec, own = LayerSpec.parse(text), store.layer(index, torch.float32)
+        kept = _cut_attention(own, spec, shape) | _cut_ffn(store.layer, index, spec, shape)
+        tensors |= {f"model.layers.{index}.{name}": tensor for name, tensor in kept.items()}
+    return tensors
+
+
+def _cut_attention(own: dict[str, Tensor], spec: LayerSpec, shape: ModelShape) -> dict[str, Tensor]:
+    if spec.attention.kind == "skip":
+        return {}
+    norm = {"input_layernorm.weight": own["input_layernorm.weight"]}
+    if spec.attention.kind == "linear":  # what attending to oneself alone would do
+        values = own["self_attn.v_proj.weight"].view(shape.num_key_value_heads, shape.head_dim, -1)
+        values = values.repeat_interleave(shape.num_attention_heads // shape.num_key_value_heads, 0).flatten(0, 1)
+        return norm | {"self_attn.linear_attn.weight": own["self_attn.o_proj.weight"] @ values}
+    kept = {name: tensor for name, tensor in own.items() if name.startswith("self_attn.")}
+    for name in kept.keys() & {f"self_attn.{part}_proj.{kind}" for part in "kv" for kind in ("weight", "bias")}:
+        kept[name] = kept[name].unflatten(0, (spec.attention.kv_heads, -1, shape.head_dim)).mean(1).flatten(0, 1)
+    return norm | kept
+
+
+def _cut_ffn(
+    layer: Callable[[int, torch.dtype], dict[str, Tensor]], index: int, spec: LayerSpec, shape: ModelShape
+) -> dict[str, Tensor]:
+    """Leading channels; beyond the parent's width those of the layers after it as well, halved, as fusion would stack them."""
+    if spec.ffn.kind == "skip":
+        return {}
+    own = layer(index, torch.float32)
+    norm = {"post_attention_layernorm.weight": own["post_attention_layernorm.weight"]}
+    if spec.ffn.kind == "linear":
+        return norm | {"mlp.linear_mlp.weight": 0.1 * own["mlp.down_proj.weight"] @ own["mlp.up_proj.weight"]}
+    stacked = [layer(index + more, torch.float32) for more in range(-(-spec.ffn.width // shape.intermediate_size))]
+    down = torch.cat([part["mlp.down_proj.weight"] for part in stacked], 1) / len(stacked)
+    rows = {
+        f"mlp.{name}.weight": torch.cat([part[f"mlp.{name}.weight"] for part in stacked])[: spec.ffn.width]
+        for name in ("gate_proj", "up_proj")
+    }
+    return norm | rows | {"mlp.down_proj.weight": down[:, : spec.ffn.width]}
+
+
+def reference(path: Path, parent: Parent, layers: list[str]) -> dict[str, object]:
+    """What transformers with this package's model code makes of a child, in fp32, without a KV cache."""
+    tokenizer, model = parent.tokenizer(), load_child(path)
+    prompt, text = (tokenizer(words, add_special_tokens=False)["input_ids"] for words in (PROMPT, TEXT))
+    tokens: list[int] = []
+    margin = float("inf")
+    with torch.no_grad():
+        for _ in range(GREEDY_TOKENS):
+            last = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+            best = last.topk(2)
+            margin = min(margin, float(best.values[0] - best.values[1]))
+            tokens.append(int(best.indices[0]))
+        log_probs = model(torch.tensor([text]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    return {
+        "prompt": prompt,
+        "tokens": tokens,
+        "text": text,
+        "log_probs": log_probs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist(),
+        "margin": margin,
+        "layers": layers,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _tiny_parent(path: Path) -> Path:
+    """A random Llama with four query heads, large weights and a byte tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if (path / "config.json").is_file():
+        return path
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(path)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--parent", default="smollm2")
+    arguments = parser.parse_args()
+    for path in make_children(arguments.out, arguments.parent):
+        made = json.loads((path / REFERENCE).read_text())
+        print(
+            f"{path}  margin {made['margin']:.4f}  mean log-prob {sum(made['log_probs']) / len(made['log_probs']):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
