@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
+FORMAT = 1  # of `marquetry_format`; a larger one was written by a newer version
 WIDTH_MULTIPLE = 256
 ATTENTION_KEYS = {
     "n_heads_in_group",  # query heads per KV head
@@ -32,6 +33,22 @@ UNIMPLEMENTED = {
     "window_length",
     "parallel_blocks",
 }
+
+
+class Entry(dict[str, Any]):
+    """A mapping of config.json whose keys are attributes too: vLLM, SGLang and TensorRT-LLM read `block.attention.no_op`."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__({key: Entry(value) if isinstance(value, dict) else value for key, value in content.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Entry, (dict(self),)
 
 
 def block_config(n_heads_in_group: int | str | None, ffn_mult: float | str | None) -> dict[str, dict[str, Any]]:
@@ -76,6 +93,11 @@ class DeciLMConfig(LlamaConfig):
     }
 
     def __init__(self, block_configs: list[dict[str, Any]] | None = None, qk_norm: bool = False, **kwargs: Any) -> None:
+        if (version := kwargs.get("marquetry_format", FORMAT)) > FORMAT:
+            raise ValueError(
+                f"written by a newer version of marquetry (format {version}, this one reads {FORMAT}); "
+                "upgrade with `pip install -U marquetry`"
+            )
         num_key_value_heads = kwargs.pop("num_key_value_heads", None)
         intermediate_size = kwargs.pop("intermediate_size", None)
         super().__init__(**kwargs)
@@ -86,6 +108,7 @@ class DeciLMConfig(LlamaConfig):
         self.block_configs = block_configs
         self.qk_norm = qk_norm
         self.check_block_configs()
+        self.block_configs = [Entry(block) for block in block_configs]
         layers = range(self.num_hidden_layers)
         # The largest in use, but never 0: engines divide by these two even where no layer uses them.
         self.num_key_value_heads = max(map(self.kv_heads, layers)) or num_key_value_heads or self.num_attention_heads
