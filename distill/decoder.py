@@ -7,14 +7,14 @@ and for all), and the residual stream stays fp32 as it does under autocast. The 
 
 A layer's class is replaced by a subclass that takes this way when it is called with a `Pass`, and transformers' otherwise:
 hooks of DDP and FSDP around a layer, and gradient checkpointing, act in both. Models of other families, or with a feature
-that is not computed here, keep transformers' way.
+that is not computed here, keep transformers' way (distill/hooked.py).
 
 Shapes: B sequences, T positions, D hidden size, C channels of q, k and v together, E head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,12 +22,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from blocks.child.configuration_decilm import DeciLMConfig
 from blocks.families import FAMILIES
 from distill.operations import add_norm, gated, pack, rotate
 
 Packed = dict[int, tuple[Tensor, Tensor | None]]
+Visit = Callable[[Tensor], None]
+Entering = Callable[[int], Tensor | None]
+Leaving = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Pass:
     sin: Tensor
     packed: Packed | None
     """Packed weights by the id of the first module that they are of, if they may be kept from pass to pass."""
+    checkpointing: bool = False
+    """Whether a layer keeps its input alone for the backward pass, and is computed again there."""
 
     def project(self, x: Tensor, modules: Sequence[Any]) -> Tensor:
         """The outputs of linear modules of one input, side by side."""
@@ -64,13 +70,62 @@ class Pass:
         return weight, bias
 
 
-def last_hidden(model: Any, tokens_BT: Tensor, dtype: torch.dtype | None, packed: Packed | None = None) -> Tensor:
+def last_hidden(
+    model: Any,
+    tokens_BT: Tensor,
+    dtype: torch.dtype | None,
+    packed: Packed | None = None,
+    *,
+    visit: Visit | None = None,
+    checkpointing: bool = False,
+) -> Tensor:
     """The last hidden states [B, T, D] of a model that `prepare` took, in `dtype` (None: that of its weights).
 
     Args:
         packed: where packed weights are kept from call to call; only for a model that does not learn.
+        visit: shown the residual stream [B, T, D] that enters the first layer, and that after every layer.
+        checkpointing: keep the input of each layer alone for the backward pass.
     """
     decoder = model.model
+    x_BTD, shared = _start(decoder, tokens_BT, dtype, packed, checkpointing)
+    delta = None
+    if visit is not None:
+        visit(x_BTD)
+    for layer in decoder.layers:
+        x_BTD, delta = layer(x_BTD, delta, shared=shared)
+        if visit is not None:  # without it, the sum is left to the next norm, which does it on its way
+            x_BTD, delta = x_BTD if delta is None else x_BTD + delta, None
+            visit(x_BTD)
+    return add_norm(x_BTD, delta, decoder.norm.weight, decoder.norm.variance_epsilon, shared.dtype)[1]
+
+
+def layers_apart(
+    model: Any,
+    tokens_BT: Tensor,
+    dtype: torch.dtype | None,
+    entering: Entering,
+    leaving: Leaving,
+    *,
+    checkpointing: bool = False,
+) -> None:
+    """Runs every layer of a model that `prepare` took on a residual stream given to it: no gradient crosses layers.
+
+    Args:
+        entering: gives the stream [B, T, D] that enters a layer, by its number; None passes the layer over.
+        leaving: shown the stream that leaves the layer, before the next one is entered.
+    """
+    x_BTD, shared = _start(model.model, tokens_BT, dtype, None, checkpointing)
+    for index, layer in enumerate(model.model.layers):
+        given = entering(index)
+        if given is not None:
+            stream, delta = layer(given.to(x_BTD.dtype), None, shared=shared)
+            leaving(index, stream if delta is None else stream + delta)
+
+
+def _start(
+    decoder: Any, tokens_BT: Tensor, dtype: torch.dtype | None, packed: Packed | None, checkpointing: bool
+) -> tuple[Tensor, Pass]:
+    """The stream that enters the first layer, fp32 unless `dtype` is None, and what all layers share."""
     x_BTD = decoder.embed_tokens(tokens_BT)
     if dtype is None:
         dtype = x_BTD.dtype
@@ -78,10 +133,7 @@ def last_hidden(model: Any, tokens_BT: Tensor, dtype: torch.dtype | None, packed
         x_BTD = x_BTD.float()
     positions = torch.arange(tokens_BT.shape[1], device=x_BTD.device)[None]
     cos, sin = decoder.rotary_emb(x_BTD.float(), positions)
-    shared, delta = Pass(dtype, cos[0], sin[0], packed), None
-    for layer in decoder.layers:
-        x_BTD, delta = layer(x_BTD, delta, shared=shared)
-    return add_norm(x_BTD, delta, decoder.norm.weight, decoder.norm.variance_epsilon, dtype)[1]
+    return x_BTD, Pass(dtype, cos[0], sin[0], packed, checkpointing)
 
 
 def prepare(model: Any) -> bool:
@@ -112,6 +164,9 @@ def _fused_class(kind: Any) -> type:
     def forward(self: Any, hidden_states: Tensor, *args: Any, shared: Pass | None = None, **kwargs: Any) -> Any:
         if shared is None:
             return kind.forward(self, hidden_states, *args, **kwargs)
+        if shared.checkpointing and torch.is_grad_enabled():  # in here, so that hooks around the layer act once
+            states = (self, hidden_states, args[0], shared)
+            return checkpoint(_layer, *states, use_reentrant=False, preserve_rng_state=False)
         return _layer(self, hidden_states, args[0], shared)
 
     return type(kind.__name__, (kind,), {"forward": forward, "runs_fused": True, "__module__": kind.__module__})

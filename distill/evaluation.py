@@ -111,6 +111,6 @@ def sequence_statistics(teacher: nn.Module, student: nn.Module, batches: Iterabl
     student.eval()
     for tokens, mask in batches:
         tokens, mask = to_device(tokens, device), to_device(mask, device)
-        sums.append(student(tokens, *teacher(tokens), mask_BT=mask, statistics=True))
+        sums.append(student(tokens, teacher(tokens), mask_BT=mask, statistics=True))
     student.train(training)
     return torch.cat(sums)

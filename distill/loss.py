@@ -1,19 +1,32 @@
-"""The vocabulary loss, in chunks: forward KL(teacher || student) from hidden states.
+"""The vocabulary losses, in chunks: KL, generalised JSD and cross-entropy from hidden states.
 
 The logits of a batch (tokens x vocabulary) are by far the largest tensors of distillation: 32 x 1024 tokens over
 49,152 words are 6.4 GB in fp32, and a dense loss holds about seven of them. Here the logits of `chunk` tokens at
-a time are made from the last hidden states, turned into loss and gradient, and dropped: three buffers of
-chunk x V. Temperature is 1 and there is no cross-entropy term, which hurt in Puzzle (arXiv 2411.19146)
+a time are made from the last hidden states, turned into loss and gradient, and dropped: a few buffers of
+chunk x V. Temperature is 1, and a divergence is not mixed with cross-entropy, which hurt in Puzzle (arXiv 2411.19146)
 and in Minitron (arXiv 2407.14679).
 
-    KL = sum_v p_v (log p_v - log q_v)        dKL / d(student logit) = q - p        p teacher, q student
+With z the student's logits, q = softmax(z) the student, p the teacher, y the true next token:
 
-Shapes: B sequences, T tokens each, N positions that predict a token, D hidden size (D_t the teacher's), V vocabulary.
+    KL  = sum_v p_v (log p_v - log q_v)                       dKL / dz_v  = q_v - p_v
+    CE  = -log q_y                                            dCE / dz_v  = q_v - [v = y]
+    JSD = b KL(p || m) + (1 - b) KL(q || m)                   dJSD / dz_v = (1 - b) q_v (r_v - sum_u q_u r_u)
+          m = b p + (1 - b) q,  r_v = log(q_v / m_v)
+
+For JSD, dm_v / dq_v = 1 - b, so that dJSD / dq_v = (1 - b) (r_v + 1 - (b p_v + (1 - b) q_v) / m_v) = (1 - b) r_v;
+the softmax then takes its mean under q away, sum_u q_u r_u = KL(q || m). JSD / b tends to KL(p || q) for b -> 0, and
+JSD / (1 - b) to KL(q || p) for b -> 1 (arXiv 2306.13649, equation 1 and appendix A).
+
+Shapes: B sequences, T tokens each, N positions that predict a token, n of them in a chunk, D hidden size (D_t the
+teacher's), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +36,21 @@ from torch.autograd.function import once_differentiable
 from distill.operations import kernels_for
 
 
-def predicting_positions(x_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """Selects, flat, the positions of `x` ([B, T, ...]) that predict a token: the causal shift and the mask.
+def predicting_mask(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """True at the positions that predict a token, [B, T]: the causal shift and the mask, in one place.
 
     Position t predicts token t + 1, so the last one of a sequence predicts nothing; where a mask (True = real
     token) is given, both t and t + 1 must be real. Right padding needs no attention mask under causal attention.
-    Returns [N, ...].
     """
+    real_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+    return real_BT & torch.nn.functional.pad(real_BT[:, 1:], (0, 1))
+
+
+def predicting_positions(x_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """Selects, flat, the positions of `x` ([B, T, ...]) that are True in `predicting_mask`: [N, ...]."""
     if mask_BT is None:
         return x_BT[:, :-1].flatten(0, 1)
-    return x_BT[:, :-1][mask_BT[:, :-1] & mask_BT[:, 1:]]
+    return x_BT[predicting_mask(mask_BT, mask_BT)]
 
 
 def next_tokens(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -68,17 +86,95 @@ def chunked_kl(
     Returns:
         A scalar, in fp32 (fp64 for fp64 inputs).
     """
+    target = _TeacherLogits.of(teacher_hidden, teacher_head, compute_dtype)
+    return _chunked(_kl, target, student_hidden, student_head, weights, normaliser, chunk, compute_dtype)
+
+
+def chunked_jsd(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    beta: float = 0.5,
+    weights: Tensor | None = None,
+    normaliser: float | None = None,
+    chunk: int = 512,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same of the generalised Jensen-Shannon divergence; `beta`, strictly between 0 and 1, is the teacher's share."""
+    target = _TeacherLogits.of(teacher_hidden, teacher_head, compute_dtype)
+    divergence = partial(_jsd, beta=beta)
+    return _chunked(divergence, target, student_hidden, student_head, weights, normaliser, chunk, compute_dtype)
+
+
+def chunked_ce(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    normaliser: float | None = None,
+    chunk: int = 512,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same of the cross-entropy on the true next tokens `labels` [N], without a teacher."""
+    target = _Labels(labels)
+    return _chunked(_ce, target, student_hidden, student_head, weights, normaliser, chunk, compute_dtype)
+
+
+@dataclass(frozen=True)
+class _TeacherLogits:
+    """What the student is compared with: the teacher's distribution, [n, V] logits a chunk."""
+
+    hidden: Tensor
+    head: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Tensor, compute_dtype: torch.dtype | None) -> _TeacherLogits:
+        return cls(hidden.detach(), head.detach().to(compute_dtype or hidden.dtype))
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return _product(self.hidden[rows].to(self.head.dtype), self.head.T).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the student is compared with: the true next tokens, [n] a chunk."""
+
+    tokens: Tensor
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self.tokens[rows]
+
+
+Target = _TeacherLogits | _Labels
+Divergence = Callable[[Tensor, Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None]]
+"""Of a chunk: (student's logits [n, V], rows of the target, weight of each token [n], gradient's dtype or None) to the
+weighted sum and its gradient by the logits [n, V], None where no dtype is given. The logits are spent."""
+
+
+def _chunked(
+    divergence: Divergence,
+    target: Target,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    weights: Tensor | None,
+    normaliser: float | None,
+    chunk: int,
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
     if normaliser is None:
         normaliser = float(student_hidden.shape[0] if weights is None else weights.sum())
     if weights is None:
-        weights = student_hidden.new_ones(student_hidden.shape[0], dtype=_accumulation_dtype(student_hidden))
+        weights = student_hidden.new_ones(student_hidden.shape[0], dtype=accumulation_dtype(student_hidden))
     wants_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    arguments = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), weights / normaliser)
-    loss: Tensor = _ChunkedKL.apply(*arguments, chunk, compute_dtype, wants_gradient)
+    settings = (divergence, target, chunk, compute_dtype, wants_gradient)
+    loss: Tensor = _ChunkedLoss.apply(student_hidden, student_head, weights / normaliser, *settings)
     return loss
 
 
-class _ChunkedKL(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """Makes the gradients in the forward pass, while a chunk's logits exist, so that none is computed twice."""
 
     @staticmethod
@@ -86,14 +182,14 @@ class _ChunkedKL(torch.autograd.Function):
         ctx: Any,
         student_hidden: Tensor,
         student_head: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
         scale: Tensor,
+        divergence: Divergence,
+        target: Target,
         chunk: int,
         compute_dtype: torch.dtype | None,
         wants_gradient: bool,
     ) -> Tensor:
-        dtype = _accumulation_dtype(student_hidden)
+        dtype = accumulation_dtype(student_hidden)
         loss = student_hidden.new_zeros((), dtype=dtype)
         hidden_gradient = torch.empty_like(student_hidden) if wants_gradient and ctx.needs_input_grad[0] else None
         head_gradient = (
@@ -101,10 +197,9 @@ class _ChunkedKL(torch.autograd.Function):
         )
         with torch.autocast(student_hidden.device.type, enabled=False):
             head = student_head.to(compute_dtype or student_hidden.dtype)
-            logits = _logits(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
             wanted = head.dtype if hidden_gradient is not None or head_gradient is not None else None
-            for rows, student_logits, teacher_logits in logits:
-                part, logit_gradient = _kl_and_gradient(student_logits, teacher_logits, scale[rows].to(dtype), wanted)
+            for rows, logits, compared in _logits(student_hidden, head, target, chunk):
+                part, logit_gradient = divergence(logits, compared, scale[rows].to(dtype), wanted)
                 loss += part
                 if logit_gradient is None:
                     continue
@@ -122,13 +217,11 @@ class _ChunkedKL(torch.autograd.Function):
         return (*gradients, None, None, None, None, None, None)
 
 
-def _kl_and_gradient(
+def _kl(
     student: Tensor, teacher: Tensor, scale_n: Tensor, gradient_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scaled sum of KL(teacher || student) of a chunk's logits [n, V], and its gradient; the logits are spent.
-
-    In one kernel on a GPU, which reads the logits twice and writes the gradient; in nine passes over them elsewhere.
-    """
+    """KL(teacher || student): in one kernel on a GPU, which reads the logits twice and writes the gradient; in nine
+    passes over them elsewhere."""
     kernels = kernels_for(student)
     if kernels is not None:
         gradient = None if gradient_dtype is None else torch.empty_like(student, dtype=gradient_dtype)
@@ -139,6 +232,38 @@ def _kl_and_gradient(
     if gradient_dtype is None:
         return loss, None
     return loss, log_q.exp_().sub_(p).mul_(scale_n[:, None]).to(gradient_dtype)
+
+
+def _jsd(
+    student: Tensor, teacher: Tensor, scale_n: Tensor, gradient_dtype: torch.dtype | None, *, beta: float
+) -> tuple[Tensor, Tensor | None]:
+    """Generalised JSD. The buffers of the spent logits hold log m and the log ratios, so that no further ones are made."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    torch.add(log_p, math.log(beta), out=teacher)
+    torch.add(log_q, math.log1p(-beta), out=student)
+    log_m = torch.logaddexp(teacher, student, out=teacher)
+    weighted_q = torch.sub(log_q, log_m, out=student)
+    weighted_p = torch.sub(log_p, log_m, out=teacher)
+    q, p = log_q.exp_(), log_p.exp_()
+    kl_q_n, kl_p_n = weighted_q.mul_(q).sum(-1), weighted_p.mul_(p).sum(-1)
+    loss = (beta * kl_p_n + (1 - beta) * kl_q_n) @ scale_n
+    if gradient_dtype is None:
+        return loss, None
+    gradient = weighted_q.addcmul_(q, kl_q_n[:, None], value=-1).mul_((1 - beta) * scale_n[:, None])
+    return loss, gradient.to(gradient_dtype)
+
+
+def _ce(
+    student: Tensor, labels_n: Tensor, scale_n: Tensor, gradient_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy on the labels."""
+    log_q = student.log_softmax(-1)
+    loss = -log_q.gather(1, labels_n[:, None])[:, 0] @ scale_n
+    if gradient_dtype is None:
+        return loss, None
+    gradient = log_q.exp_()
+    gradient[torch.arange(len(labels_n), device=labels_n.device), labels_n] -= 1
+    return loss, gradient.mul_(scale_n[:, None]).to(gradient_dtype)
 
 
 STATISTICS = ("kl", "student_ce", "teacher_ce", "top1_agreement")
@@ -166,11 +291,11 @@ def token_statistics(
         cross-entropies of student and teacher on the labels (nats), and 1 where both have the same most likely next
         token, else 0.
     """
-    result = student_hidden.new_empty(len(labels), len(STATISTICS), dtype=_accumulation_dtype(student_hidden))
+    result = student_hidden.new_empty(len(labels), len(STATISTICS), dtype=accumulation_dtype(student_hidden))
     with torch.autocast(student_hidden.device.type, enabled=False):
         head = student_head.to(compute_dtype or student_hidden.dtype)
-        logits = _logits(student_hidden, head, teacher_hidden, teacher_head, chunk, compute_dtype)
-        for rows, *both in logits:
+        target = _TeacherLogits.of(teacher_hidden, teacher_head, compute_dtype)
+        for rows, *both in _logits(student_hidden, head, target, chunk):
             log_q, log_p = (each.log_softmax(-1) for each in both)
             del both
             label_N1 = labels[rows, None]
@@ -182,23 +307,14 @@ def token_statistics(
 
 
 def _logits(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    chunk: int,
-    compute_dtype: torch.dtype | None,
+    student_hidden: Tensor, student_head: Tensor, target: Target, chunk: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields (rows, student's logits [n, V], teacher's [n, V]) for each chunk of n tokens, in the accumulation dtype."""
-    dtype = _accumulation_dtype(student_hidden)
-    teacher_head = teacher_head.to(compute_dtype or teacher_hidden.dtype)
+    """Yields (rows, student's logits [n, V], rows of the target) for each chunk, logits in the accumulation dtype."""
+    dtype = accumulation_dtype(student_hidden)
     for start in range(0, student_hidden.shape[0], chunk):
         rows = slice(start, start + chunk)
-        student, teacher = (
-            _product(hidden[rows].to(head.dtype), head.T).to(dtype)
-            for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
-        )
-        yield rows, student, teacher
+        student = _product(student_hidden[rows].to(student_head.dtype), student_head.T).to(dtype)
+        yield rows, student, target.rows(rows, dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -208,5 +324,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """fp32, or fp64 for an fp64 tensor: what sums over it are kept in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
