@@ -87,13 +87,15 @@ class ModelShape:
         return 2 * spec.kv_heads * self.head_dim if spec.kind == "kv" else 0
 
     def check(self, layer: LayerSpec) -> None:
-        """Raises ConfigError if `layer` cannot be cut from this parent."""
+        """Raises ConfigError if `layer` cannot be cut from this parent, nor be what fusing its FFNs gives (blocks/fuse.py)."""
         if layer.attention.kind == "kv" and self.num_key_value_heads % layer.attention.kv_heads:
             raise ConfigError(
                 f"{layer.attention}: {layer.attention.kv_heads} does not divide the parent's {self.num_key_value_heads} KV heads"
             )
-        if layer.ffn.width > self.intermediate_size:
-            raise ConfigError(f"{layer.ffn} is wider than the parent's {self.intermediate_size}")
+        if layer.ffn.width > self.intermediate_size and layer.attention.kind != "skip":
+            raise ConfigError(
+                f"{layer.ffn} is wider than the parent's {self.intermediate_size}; only fused FFNs are, in layers without attention"
+            )
         if layer.ffn.kind == "width" and layer.ffn.width % WIDTH_MULTIPLE and layer.ffn.width != self.intermediate_size:
             raise ConfigError(f"{layer.ffn}: FFN widths must be multiples of {WIDTH_MULTIPLE}, or the parent's own")
 
@@ -113,7 +115,12 @@ def as_built(shape: ModelShape, architecture: Architecture) -> tuple[ModelShape,
 def _padded(ffn: FFNSpec) -> FFNSpec:
     if ffn.kind != "width":
         return ffn
-    return FFNSpec("width", -(-ffn.width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    return FFNSpec("width", rounded_width(ffn.width))
+
+
+def rounded_width(width: int) -> int:
+    """Channels with the zero channels that fill them up to a multiple of 256."""
+    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
@@ -123,5 +130,4 @@ def ffn_mult(width: int, hidden_size: int) -> float:
 
 def ffn_width(mult: float, hidden_size: int) -> int:
     """intermediate_size = ceil256(int(2 * ffn_mult * hidden_size / 3)), as serving engines compute it."""
-    raw = int(2 * mult * hidden_size / 3)
-    return -(-raw // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    return rounded_width(int(2 * mult * hidden_size / 3))

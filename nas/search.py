@@ -142,7 +142,8 @@ class Search:
         if not (self.run.has(f"{self.where}/architecture.json") and self.run.has(f"{self.where}/child/config.json")):
             return None
         found = self.run.read(f"{self.where}/architecture.json", "search")
-        return found if found.get("key") == self.key else None
+        searched = found.get("unfused", found)  # `nas fuse` may have come after it
+        return found if searched.get("key") == self.key else None
 
     # ---- stages
 

@@ -19,7 +19,7 @@ from nas.run import Run
 from nas.table import load_table
 
 # Share of the parent's cost kept, from nothing to all: background colours that read on light and dark terminals.
-SHADES = ((0.001, "grey37"), (0.34, "dark_orange3"), (0.67, "gold3"), (0.999, "chartreuse4"), (9.0, "dark_green"))
+SHADES = ((0.001, "grey37"), (0.34, "dark_orange3"), (0.67, "gold3"), (0.999, "chartreuse4"), (1e9, "dark_green"))
 
 
 def render_run(run: Run, shape: ModelShape, console: Console) -> None:
