@@ -94,7 +94,7 @@ def replace_directory(path: Path, remedy: str = REMEDY) -> Iterator[Path]:
     Raises:
         CheckpointError: in one line, if an OSError passes.
     """
-    new, old = _temporary(path), _old(path)
+    new, old = temporary_directory(path), _old(path)
     with write_errors(path, remedy):
         _settle(path)
         try:
@@ -114,7 +114,7 @@ def remove_directory(path: Path) -> None:
     """Renames first: a removal cut off half-way must not leave a directory that looks whole."""
     _settle(path)
     with write_errors(path):
-        shutil.rmtree(path.rename(_temporary(path)), ignore_errors=True)
+        shutil.rmtree(path.rename(temporary_directory(path)), ignore_errors=True)
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -135,7 +135,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_directory(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -145,7 +145,7 @@ def _old(path: Path) -> Path:
 
 def _settle(path: Path) -> None:
     """Leaves at `path` the new directory if it got there, else the old one, and nothing beside it."""
-    shutil.rmtree(_temporary(path), ignore_errors=True)
+    shutil.rmtree(temporary_directory(path), ignore_errors=True)
     if _old(path).exists() and not path.exists():
         _old(path).rename(path)
     shutil.rmtree(_old(path), ignore_errors=True)

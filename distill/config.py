@@ -7,19 +7,53 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from blocks.errors import ConfigError
+from distill.objective import Objective
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+SHARDINGS = ("none", "full")
+TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("cosine", "constant", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 DEVICES = ("auto", "cpu")
 
-FREE_ON_RESUME = frozenset({"micro_batch", "chunk_tokens", "eval_every", "checkpoint_every", "keep_last", "device"})
+FREE_ON_RESUME = frozenset(
+    {
+        "micro_batch",
+        "chunk_tokens",
+        "checkpoint_activations",
+        "sharding",
+        "eval_every",
+        "patience",
+        "spike",
+        "checkpoint_every",
+        "keep_last",
+        "track",
+        "general",
+        "device",
+    }
+)
 """Fields that may change between a run and its resumption: they move memory, time and disk, not the trajectory."""
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a child is healed. Raises ConfigError for a value that cannot be meant."""
+    """How a child is healed: one stage of it. Raises ConfigError for a value that cannot be meant."""
+
+    loss: str = "kl"
+    """What is learned: "kl" (forward KL to the parent, full vocabulary), "jsd" (generalised Jensen-Shannon), "ce" (the text
+    itself, without the parent: continual pretraining) or "bld" (each layer apart, from the parent's stream to the parent's)."""
+
+    jsd_beta: float = 0.5
+    """Of "jsd": the parent's share of the mixture. Near 0 it is forward KL, near 1 reverse KL (arXiv 2306.13649)."""
+
+    cosine: float = 0.0
+    """Weight of 1 - cosine between the residual streams of child and parent, averaged over the layers that both have."""
+
+    data: str | None = None
+    """Text to train on, as for `nas score --data`; the run's own training text if None."""
+
+    general: str | None = None
+    """Other text, as for `nas score --data`, measured at each evaluation beside the held-out text; never trained on."""
 
     tokens: int = 1_000_000
     """Training tokens in all; rounded up to whole steps. The text is repeated in a new order if it is shorter."""
@@ -87,6 +121,22 @@ class DistillConfig:
     keep_last: int = 2
     """Checkpoints kept; older ones are removed. The best student by held-out KL is kept besides."""
 
+    patience: int = 0
+    """Evaluations in a row without a lower held-out KL after which healing ends; 0 goes on to the last token."""
+
+    spike: float = 4.0
+    """A training loss this many times the mean of the last 50 steps stops healing, as one that is not finite does; 0 lets
+    it pass."""
+
+    sharding: str = "none"
+    """Over several ranks: "none" keeps a whole copy of both models on each (DDP), "full" shards them (FSDP2)."""
+
+    checkpoint_activations: bool = False
+    """Whether a layer's activations are computed anew in the backward pass instead of kept. Memory for a third more time."""
+
+    track: str | None = None
+    """Besides metrics.jsonl: "tensorboard" or "wandb"."""
+
     chunk_tokens: int = 512
     """Tokens whose logits are held at once: 3 x chunk_tokens x vocabulary x 4 bytes of working memory."""
 
@@ -97,11 +147,12 @@ class DistillConfig:
         for name in ("tokens", "batch_sequences", "micro_batch", "keep_last", "chunk_tokens"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("sequence_length", self.sequence_length >= 2, "at least 2 (one token predicts the next)")
-        for name in ("eval_tokens", "eval_every", "checkpoint_every", "weight_decay", "grad_clip", "seed"):
+        for name in ("eval_tokens", "eval_every", "checkpoint_every", "weight_decay", "grad_clip", "seed", "patience"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
         for name in ("embedding_lr_scale", "norm_lr_scale"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
+        self._require("spike", self.spike == 0 or self.spike > 1, "above 1, or 0 to let every loss pass")
         for name in ("warmup_share", "final_lr_share", "decay_share"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         betas_valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
@@ -109,14 +160,25 @@ class DistillConfig:
         if self.schedule == "wsd":
             fits = self.warmup_share + self.decay_share <= 1
             self._require("decay_share", fits, f"at most {1 - self.warmup_share:g}, what the warmup leaves")
-        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "compute_dtype": COMPUTE_DTYPES, "device": DEVICES}
+        choices: dict[str, tuple[str | None, ...]] = {
+            "schedule": SCHEDULES,
+            "optimizer": OPTIMIZERS,
+            "sharding": SHARDINGS,
+        }
+        choices |= {"compute_dtype": COMPUTE_DTYPES, "device": DEVICES, "track": (None, *TRACKERS)}
         for name, known in choices.items():
-            self._require(name, getattr(self, name) in known, " or ".join(known))
+            self._require(name, getattr(self, name) in known, " or ".join(map(str, known)))
         object.__setattr__(self, "betas", tuple(self.betas))
+        _ = self.objective
 
     def _require(self, name: str, valid: bool, wanted: str) -> None:
         if not valid:
             raise ConfigError(f"distill.{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @property
+    def objective(self) -> Objective:
+        """What the student is taught."""
+        return Objective(self.loss, self.jsd_beta, self.cosine)
 
     @property
     def step_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, `kind` "train" or "eval", each with its `step`."""
+"""metrics.jsonl: one JSON object a line, `kind` "train" or "eval", each with its `step`, and its `stage` if there are several."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class MetricsLog:
     Args:
         path: the file.
         keep_through: lines with a later step are dropped, and so is a line cut off by a crash; -1 drops all.
+        stage: the stage whose lines these are; those of other stages stay.
     """
 
-    def __init__(self, path: Path, keep_through: int) -> None:
+    def __init__(self, path: Path, keep_through: int, stage: str | None = None) -> None:
         self._path = path
-        kept = [line for line in _lines(path) if _step(line) <= keep_through]
+        self._stage = {} if stage is None else {"stage": stage}
+        kept = [line for line in _lines(path) if _is_kept(line, keep_through, stage)]
         save_text(path, "".join(kept))
         with write_errors(path):
             self._file = path.open("a")
@@ -31,7 +33,7 @@ class MetricsLog:
     def write(self, **values: Any) -> None:
         """Appends one line. Raises CheckpointError if the disk is full."""
         with write_errors(self._path):
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(json.dumps(self._stage | values) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -42,12 +44,15 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True) if path.exists() else []
 
 
-def _step(line: str) -> float:
-    """The step of a line; infinity for a line that a crash cut off."""
+def _is_kept(line: str, keep_through: int, stage: str | None) -> bool:
+    """Whether a line is whole, and of another stage or no later step."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        if not line.endswith("\n"):
+            return False
+        values = json.loads(line)
+        return bool(values.get("stage") != stage or values["step"] <= keep_through)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def peak_memory(device: torch.device) -> int:

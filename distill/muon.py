@@ -2,6 +2,9 @@
 
 `torch.optim.Muon` takes about twenty kernels a matrix, one after the other; a child of 30 layers has some 150 matrices of a
 handful of shapes, whose layers differ but mostly not in size. The numbers are torch's up to the order of sums.
+
+A matrix that is sharded over ranks (FSDP2) is brought together to be orthogonalised, as many at a time as there are ranks,
+one by each.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Muon(torch.optim.Muon):
@@ -36,21 +40,50 @@ class Muon(torch.optim.Muon):
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
                 update = self._directions(group, parameters)
+                own = [_local(parameter) for parameter in parameters]
                 if group["weight_decay"]:
-                    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                    torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(own, update, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
     def _directions(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
-        """What momentum (Nesterov's) and orthogonalisation make of the gradients of parameters of one shape."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        """What momentum (Nesterov's) and orthogonalisation make of the gradients of parameters of one shape: this rank's part."""
+        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        averages = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch.stack(torch._foreach_lerp(gradients, averages, group["momentum"]))
-        directions = orthogonalise(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        return list(directions.to(ahead.dtype).unbind())
+        ahead = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
+        how = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        if isinstance(parameters[0], DTensor):
+            return _orthogonalise_sharded(ahead, parameters, how)
+        return list(orthogonalise(torch.stack(ahead), *how).to(ahead[0].dtype).unbind())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _orthogonalise_sharded(shards: list[Tensor], parameters: list[Tensor], how: tuple[Any, int, float]) -> list[Tensor]:
+    """This rank's shards of the orthogonalised matrices, whose shards are sharded as `parameters` (DTensors of one mesh) are."""
+    mesh, placements = parameters[0].device_mesh, parameters[0].placements  # type: ignore[attr-defined]
+    shape, stride = parameters[0].shape, parameters[0].stride()
+    rank, count = mesh.get_local_rank(), mesh.size()
+    result = []
+    for start in range(0, len(shards), count):
+        some = shards[start : start + count]
+        whole = [
+            DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
+            for shard in some
+        ]
+        own = whole[rank] if rank < len(whole) else torch.zeros_like(whole[0])
+        done = own.new_empty(count, *shape)
+        torch.distributed.all_gather_into_tensor(done, orthogonalise(own[None], *how).to(own.dtype), mesh.get_group())
+        result += [
+            distribute_tensor(matrix, mesh, placements, src_data_rank=None).to_local()
+            for matrix in done[: len(some)].unbind()
+        ]
+    return result
 
 
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

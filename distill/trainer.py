@@ -1,8 +1,9 @@
 """Healing: the training loop that brings a child (student) back to its parent (teacher).
 
-One call of `heal` is one stage. On several ranks it is started by `accelerate launch` or `torchrun`, unchanged: the
-global batch, its order and the loss are the same on any number of ranks. Killed at any instant and called again, it
-ends with the same weights as if never killed (bit for bit on the CPU, with the same number of threads).
+One call of `heal` is one stage (distill/stages.py runs several). On several ranks it is started by `accelerate launch` or
+`torchrun`, unchanged: the global batch, its order and the loss are the same on any number of ranks, whole or sharded. Killed at
+any instant and called again, on as many ranks or others, it goes on from its newest checkpoint and ends with the same weights
+as if never killed (bit for bit on the CPU, with the same number of threads and ranks).
 
     out_dir/metrics.jsonl                    one JSON object a line
     out_dir/checkpoints/step-000123/         the newest `keep_last`
@@ -13,19 +14,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from blocks.errors import ConfigError, NasError
 from blocks.files import clear_leftovers
-from distill.checkpoint import CheckpointStore, Snapshot, load_best, load_student, read_best, student_state, write_best
+from distill.checkpoint import CheckpointStore, load_best, read_best, write_best
 from distill.config import DistillConfig
 from distill.data import TokenStream, batch_indices, heldout_batches, to_device
 from distill.evaluation import EvalStats, sequence_statistics
@@ -33,8 +32,10 @@ from distill.fingerprint import model_fingerprint, pack_fingerprint, require_sam
 from distill.interrupt import HealingStopped, StopRequest
 from distill.metrics import MetricsLog, peak_memory
 from distill.models import FrozenTeacher, StudentLoss, check_pair, keep_master_weights
+from distill.parallel import Parallel
 from distill.progress import HealResult, Progress, SessionClock
 from distill.schedule import build_optimizers, learning_rate, set_learning_rate
+from distill.watch import LossWatch, has_settled
 
 
 def heal(
@@ -49,8 +50,14 @@ def heal(
     resume: bool = True,
     until: int | None = None,
     eval_at: Collection[int] = (),
+    other_texts: Mapping[str, np.ndarray] | None = None,
+    log: Path | None = None,
+    stage: str | None = None,
 ) -> HealResult:
-    """Trains `student` in place towards `teacher` by forward KL, and leaves it with its best weights.
+    """Trains `student` in place towards `teacher`, by `config.loss`, and leaves it with its best weights.
+
+    On several ranks all call it. If sharding, both models may lie on the meta device but on rank 0, and stay sharded
+    afterwards.
 
     Args:
         config: how.
@@ -66,16 +73,20 @@ def heal(
             none, it goes on as if never stopped: a short heal is a beginning of the long one. (Its evaluation there is
             one more candidate for the best student.)
         eval_at: steps to evaluate at, besides those of `config.eval_every`.
+        other_texts: packs by name, measured at each evaluation and not deciding anything.
+        log: where metrics go, if not to `out_dir`; several stages may share it.
+        stage: the name that its lines in the log carry.
 
     Raises:
         ConfigError, DataError: a pair or packs that do not fit each other or the configuration.
         CheckpointError: the checkpoint there is of another run or damaged, or the disk is full.
         HealingStopped: SIGTERM or Ctrl-C, after a checkpoint was written.
-        NasError: the loss is not finite; nothing was overwritten.
+        NasError: the loss is not finite or leaped up (`config.spike`); nothing was overwritten.
     """
     if until is not None and until < 1:
         raise ConfigError(f"until is {until}; healing can stop after step 1 or a later one")
-    run = _Healing(config, (teacher, student), (train_pack, heldout_pack), out_dir, on_step)
+    run = _Healing(config, (teacher, student), (train_pack, {HELD_OUT: heldout_pack, **(other_texts or {})}), out_dir)
+    run.on_step, run.log_path, run.stage = on_step, log or out_dir / "metrics.jsonl", stage
     run.last = min(config.steps, until or config.steps)
     run.eval_at = frozenset(eval_at)
     with StopRequest() as stop:
@@ -87,6 +98,9 @@ def heal(
             run.close()
 
 
+HELD_OUT = "held-out"
+
+
 class _Healing:
     """One run: the prepared models, the optimizer, and what has been measured so far."""
 
@@ -94,34 +108,49 @@ class _Healing:
         self,
         config: DistillConfig,
         pair: tuple[nn.Module, nn.Module],
-        packs: tuple[np.ndarray, np.ndarray],
+        packs: tuple[np.ndarray, Mapping[str, np.ndarray]],
         out_dir: Path,
-        on_step: Callable[[Progress], None] | None,
     ) -> None:
-        (teacher, student), (train_pack, heldout_pack) = pair, packs
+        (teacher, student), (train_pack, texts) = pair, packs
         vocab_size = check_pair(teacher, student)
-        self.config, self.out_dir, self.on_step = config, out_dir, on_step
-        self.train_stream = TokenStream(train_pack, config.sequence_length, vocab_size, "training pack")
-        self.heldout_stream = TokenStream(heldout_pack, config.sequence_length, vocab_size, "held-out pack")
-        self.identity: dict[str, Any] = config.trajectory() | {
-            "parent": model_fingerprint(teacher),
-            "child": model_fingerprint(student),
-            "training pack": pack_fingerprint(train_pack),
-            "held-out pack": pack_fingerprint(heldout_pack),
-        }
-        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
-        device = self.accelerator.device
-        self.student = keep_master_weights(student).to(device)
-        self.teacher = FrozenTeacher(teacher.to(device), config.compute_dtype)
-        loss = StudentLoss(self.student, config.compute_dtype, config.chunk_tokens).train()
-        optimizers = build_optimizers(config, self.student)
-        self.model, *prepared = self.accelerator.prepare(loss, *optimizers.values())
-        self.optimizers = dict(zip(optimizers, prepared, strict=True))
-        self.store = CheckpointStore(out_dir / "checkpoints", config.keep_last)
+        self.config, self.out_dir = config, out_dir
+        length = config.sequence_length
+        self.train_stream = TokenStream(train_pack, length, vocab_size, "training pack")
+        self.texts = {name: TokenStream(pack, length, vocab_size, f"{name} pack") for name, pack in texts.items()}
+        self.parallel = Parallel(config)
+        self.ranks = self.parallel.ranks
+        self.identity: dict[str, Any] = self.ranks.agree(
+            config.trajectory()
+            | {
+                "parent": model_fingerprint(teacher),
+                "child": model_fingerprint(student),
+                "training pack": pack_fingerprint(train_pack),
+                "held-out pack": pack_fingerprint(texts[HELD_OUT]),
+            }
+            if self.ranks.main
+            else None
+        )
+        self.student = self.parallel.place(keep_master_weights(student))
+        loss = StudentLoss(
+            self.student,
+            config.compute_dtype,
+            config.chunk_tokens,
+            config.objective,
+            checkpointing=config.checkpoint_activations,
+        ).train()
+        target = FrozenTeacher(self.parallel.place(teacher), config.compute_dtype, sharded=self.parallel.sharded)
+        self.teacher = self.parallel.spread(target, teacher)
+        self.model = self.parallel.spread(loss, self.student)
+        self.optimizers = build_optimizers(config, self.student)
+        self.store = CheckpointStore(out_dir / "checkpoints", config.keep_last, self.ranks)
         self.best_path = out_dir / "best" / "student.safetensors"
         self.best_kl = math.inf
+        self.log_path = out_dir / "metrics.jsonl"
+        self.stage: str | None = None
+        self.on_step: Callable[[Progress], None] | None = None
         self.log: MetricsLog | None = None  # on the main process only
         self.evaluations: dict[int, EvalStats] = {}
+        self.watch = LossWatch(config.spike)
         self.step = 0
         self.last = config.steps
         """The step to stop after."""
@@ -132,25 +161,25 @@ class _Healing:
 
     def start(self, resume: bool) -> None:
         """Takes up the newest checkpoint, or begins anew with the evaluation of step 0."""
-        if self._is_main:
+        if self.ranks.main:
             self.store.clean() if resume else self.store.clear()
             clear_leftovers(self.best_path.parent)
-        self.accelerator.wait_for_everyone()
-        snapshot = self.store.newest()
-        if snapshot is not None:
-            self._restore(snapshot)
-        if self._is_main:
-            self.log = MetricsLog(self.out_dir / "metrics.jsonl", keep_through=-1 if snapshot is None else self.step)
-        if snapshot is None:
+        self.ranks.wait()
+        found = self.store.newest()
+        if found is not None:
+            self._restore(*found)
+        if self.ranks.main:
+            self.log = MetricsLog(self.log_path, -1 if found is None else self.step, self.stage)
+        if found is None:
             self._report(math.nan, self._evaluate())
 
     def train(self, stop: StopRequest) -> None:
         """Steps to the end, evaluating and writing checkpoints on the way."""
-        while self.step < self.last:
+        while self.step < self.last and not self._has_settled:
             loss, signal_number = self._train_step(stop)
             evaluates = self._due(self.config.eval_every) or self.step in self.eval_at
             stats = self._evaluate() if evaluates else None
-            if self._due(self.config.checkpoint_every) or signal_number:
+            if self._due(self.config.checkpoint_every) or signal_number or self._has_settled:
                 self._write_checkpoint()
             self._report(loss, stats)
             if signal_number and self.step < self.last:
@@ -163,8 +192,8 @@ class _Healing:
 
     def finish(self) -> HealResult:
         """Leaves the best weights in the student."""
-        self.accelerator.wait_for_everyone()
-        load_best(self.student, self.best_path)
+        self.ranks.wait()
+        load_best(self.best_path, self.student, self.parallel)
         best_step, best = read_best(self.best_path)
         return HealResult(
             before=self.evaluations[0],
@@ -192,17 +221,17 @@ class _Healing:
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, rate)
         own_loss = self._accumulate_gradient()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        loss, norm, signal_number = self._over_ranks(own_loss, norm, stop.signal_number)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._stop_not_finite(loss, norm)
+        own_norm = self.parallel.clip(self.model.parameters(), self.config.grad_clip or math.inf)
+        loss, norm, signal_number = self._over_ranks(own_loss, own_norm, stop.signal_number)
+        if fault := self.watch.fault(loss, norm):
+            raise NasError(self._not_taken(fault))
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         seconds = time.perf_counter() - started
         self.session.add_step(seconds)
-        tokens_per_s, memory = self.config.step_tokens / seconds, peak_memory(self.accelerator.device)
+        tokens_per_s, memory = self.config.step_tokens / seconds, peak_memory(self.parallel.device)
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_s": tokens_per_s, "memory": memory}
         self._log("train", values)
         return loss, signal_number
@@ -213,87 +242,78 @@ class _Healing:
         Every micro-batch is divided by the global count of predicted tokens, so neither their size nor the number
         of ranks changes the gradient. DDP and FSDP average over ranks what should be summed, hence the factor.
         """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        tokens = to_device(self.train_stream.read(self._batch_indices(rank, world)), self.accelerator.device)
+        world, rank = self.ranks.count, self.ranks.rank
+        tokens = to_device(self.train_stream.read(self._batch_indices(rank, world)), self.parallel.device)
         micro_batches = tokens.split(self.config.micro_batch)
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.parallel.device)
+        objective = self.config.objective
         for number, micro_batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.model(micro_batch, *self.teacher(micro_batch), normaliser=self.config.step_predictions)
-                self.accelerator.backward(loss * world)
+            with self.parallel.accumulate(self.model, last=number == len(micro_batches)):
+                target = self.teacher(micro_batch, objective.needs_streams) if objective.needs_teacher else None
+                loss = self.model(micro_batch, target, normaliser=self.config.step_predictions)
+                (loss * world).backward()
             total += loss.detach()
         return total
 
-    def _stop_not_finite(self, loss: float, norm: float) -> NoReturn:
+    def _not_taken(self, fault: str) -> str:
         sequences = ", ".join(str(index) for index in self._batch_indices(0, 1))
-        raise NasError(
-            f"loss {loss} and gradient norm {norm} at step {self.step + 1}, on sequences {sequences} of the training "
-            "pack; nothing was overwritten. Look at those sequences, or lower the learning rate and use --restart"
+        return (
+            f"{fault} at step {self.step + 1}, on sequences {sequences} of the training pack; nothing was overwritten. "
+            "Look at those sequences, or lower the learning rate and use --restart"
         )
 
     # Measuring, keeping, telling
 
     def _evaluate(self) -> EvalStats:
-        """Evaluates the held-out text, logs it, and keeps the student if it is the best so far."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        config = self.config
-        batches = heldout_batches(
-            self.heldout_stream, config.eval_tokens, config.sequence_length, config.micro_batch, rank, world
-        )
-        sums = sequence_statistics(self.teacher, self.model, batches)
-        stats = EvalStats.from_sequences(self.accelerator.gather(sums).cpu())
+        """Evaluates all texts, logs them, and keeps the student if it is the best so far on the held-out one."""
+        measured = {name: self._measure(stream) for name, stream in self.texts.items()}
+        for name, other in measured.items():
+            values = other.to_dict() | ({} if name == HELD_OUT else {"text": name})
+            self._log("eval", {"eval_tokens": values.pop("tokens")} | values)
+        stats = measured[HELD_OUT]
         if not math.isfinite(stats.kl):
             raise NasError(f"the held-out KL is {stats.kl} at step {self.step}; nothing was overwritten")
-        values = stats.to_dict()
-        self._log("eval", {"eval_tokens": values.pop("tokens")} | values)
         self.evaluations[self.step] = stats
         if stats.kl < self.best_kl:
             self.best_kl = stats.kl
-            state = self._student_state()
-            if self._is_main:
-                write_best(self.best_path, state, self.step, stats.to_dict())
+            write_best(self.best_path, self.student, self.parallel, self.step, stats.to_dict())
         return stats
 
+    def _measure(self, text: TokenStream) -> EvalStats:
+        config, ranks = self.config, self.ranks
+        batches = heldout_batches(
+            text, config.eval_tokens, config.sequence_length, config.micro_batch, ranks.rank, ranks.count
+        )
+        sums = sequence_statistics(self.teacher, self.model, batches)
+        return EvalStats.from_sequences(ranks.gather(sums.T.contiguous()).T.cpu())
+
     def _write_checkpoint(self) -> None:
-        state = self._student_state()
-        if not self._is_main:
-            return
         record = {
             "run": self.identity,
             "evaluations": {str(step): stats.to_dict() for step, stats in self.evaluations.items()},
             "seconds": self.session.total_seconds,
+            "losses": self.watch.recent,
         }
         rng = {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        self.store.write(Snapshot(self.step, state, states, rng, record))
+        self.store.write(self.step, self.student, self.optimizers, rng, record)
 
-    def _restore(self, snapshot: Snapshot) -> None:
-        where = self.store.path(snapshot.step)
-        require_same_run(snapshot.record["run"], self.identity, str(where))
-        load_student(self.student, snapshot.student, where)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(snapshot.optimizers[name])
-        torch.set_rng_state(snapshot.rng["cpu"])
-        if len(snapshot.rng["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(snapshot.rng["cuda"])
-        self.step = snapshot.step
-        evaluations = snapshot.record["evaluations"]
-        self.evaluations = {int(step): EvalStats.from_dict(stats) for step, stats in evaluations.items()}
+    def _restore(self, path: Path, record: dict[str, Any]) -> None:
+        require_same_run(record["run"], self.identity, str(path))
+        rng = self.store.read(path, self.student, self.optimizers)
+        torch.set_rng_state(rng["cpu"])
+        if len(rng["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(rng["cuda"])
+        self.step = record["step"]
+        self.evaluations = {int(step): EvalStats.from_dict(stats) for step, stats in record["evaluations"].items()}
         self.best_kl = read_best(self.best_path)[1]["kl"]
-        self.session = SessionClock(snapshot.record["seconds"])
-
-    def _student_state(self) -> dict[str, Tensor]:
-        """The whole student on the CPU. Every rank must call it: sharded tensors are gathered."""
-        state = self.accelerator.get_state_dict(self.model)
-        prefix = "student."
-        return student_state({name.removeprefix(prefix): tensor for name, tensor in state.items()}, self.student)
+        self.watch = LossWatch(self.config.spike, record["losses"])
+        self.session = SessionClock(record["seconds"])
 
     def _report(self, loss: float, stats: EvalStats | None) -> None:
-        if self.on_step is None or not self._is_main:
+        if self.on_step is None or not self.ranks.main:
             return
         eta = self.session.seconds_per_step * (self.config.steps - self.step)
         rate = learning_rate(self.config, max(0, self.step - 1))
@@ -306,8 +326,8 @@ class _Healing:
     # Small answers
 
     @property
-    def _is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
+    def _has_settled(self) -> bool:
+        return has_settled({step: stats.kl for step, stats in self.evaluations.items()}, self.config.patience)
 
     @property
     def _tokens_per_s(self) -> float:
@@ -326,5 +346,5 @@ class _Healing:
         The one place of a step where the CPU waits for the GPU.
         """
         own = torch.stack([loss.double(), norm.double(), loss.new_full((), signal_number, dtype=torch.float64)])
-        losses, norms, signals = self.accelerator.gather(own[None]).T.tolist()
+        losses, norms, signals = self.ranks.gather(own[:, None]).tolist()
         return sum(losses), norms[0], int(max(signals))

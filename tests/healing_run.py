@@ -4,7 +4,9 @@
 
 Each case heals in OUT_DIR/CASE, in processes forked here, so that importing torch is paid once; prints the exit codes as
 JSON. `step:5` sends SIGKILL to itself after step 5, `sync:9` at the ninth fsync (in the middle of writing a checkpoint or
-the best student), `rename:2` before the second renaming of a directory, `ranks:2` heals on two ranks.
+the best student), `rename:2` before the second renaming of a directory. On two ranks: `ranks:2` (DDP), `sharded:2` (FSDP2, both
+models real on rank 0 alone), `muon:2` (the same with Muon), `lost:7` (FSDP2, where rank 1 is killed after step 7, and both start
+again), `fewer:7` (the same, but one process alone goes on).
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import blocks.files
@@ -40,6 +44,7 @@ CONFIG = DistillConfig(
     chunk_tokens=16,
     device="cpu",
 )
+RANKS = 2
 
 
 def tiny_pair(tied: bool = True, noise: float = 0.05) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
@@ -59,6 +64,16 @@ def packs() -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out tokens."""
     generator = np.random.default_rng(0)
     return generator.integers(97, size=(20, 24), dtype=np.uint16), generator.integers(97, size=(8, 16), dtype=np.uint16)
+
+
+def stored_student(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The student's parameters in a checkpoint directory, read with PyTorch alone."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(meta.size) for name, meta in metadata.items() if name.startswith("student.")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
 
 
 def kill_at(count: int) -> Callable[..., None]:
@@ -90,10 +105,34 @@ def heal_and_die(out_dir: Path, place: str, count: int) -> None:
     heal(CONFIG, *tiny_pair(), *packs(), out_dir, on_step=on_step)
 
 
-def heal_on_rank(out_dir: Path, rank: int, world: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+MUON = replace(CONFIG, optimizer="muon", micro_batch=1)
+
+
+def heal_on_rank(out_dir: Path, kind: str, dies_at: int, rank: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    heal(replace(CONFIG, micro_batch=1), *tiny_pair(), *packs(), out_dir)
+    config, pair = MUON if kind == "muon" else replace(CONFIG, micro_batch=1), tiny_pair()
+    if kind != "ranks":
+        config = replace(config, sharding="full")
+        pair = pair if rank == 0 else tuple(LlamaForCausalLM(model.config).to("meta") for model in pair)  # type: ignore[assignment]
+
+    def tick(progress: Progress) -> None:
+        if progress.step == dies_at:  # rank 0 alone is told: it takes the other one down, and is torn along
+            os.kill(int((out_dir / "rank-1.pid").read_text()), signal.SIGKILL)
+
+    if rank == 1:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "rank-1.pid").write_text(str(os.getpid()))
+    heal(config, *pair, *packs(), out_dir, on_step=tick)
+
+
+def start_ranks(out_dir: Path, kind: str, dies_at: int) -> list[int]:
+    """Heals on two ranks; returns their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [fork(heal_on_rank, out_dir, kind, dies_at, rank, port) for rank in range(RANKS)]
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
 
 
 def fork(run: Callable[..., None], *arguments: object) -> int:
@@ -114,14 +153,15 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in sys.argv[2:]:
         place, count = case.split(":")
-        if place == "ranks":
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            started = [fork(heal_on_rank, out_dir / case, rank, int(count), port) for rank in range(int(count))]
+        if place in ("ranks", "sharded", "muon"):
+            codes[case] = start_ranks(out_dir / case, place, dies_at=-1)
+        elif place in ("lost", "fewer"):
+            codes[case] = start_ranks(out_dir / case, place, dies_at=int(count))
+            if place == "lost":
+                codes[case] += start_ranks(out_dir / case, place, dies_at=-1)
         else:
-            started = [fork(heal_and_die, out_dir / case, place, int(count))]
-        codes[case] = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+            process = fork(heal_and_die, out_dir / case, place, int(count))
+            codes[case] = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])]
     print(json.dumps(codes))
 
 

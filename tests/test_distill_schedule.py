@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from healing_run import CONFIG, packs, tiny_pair
-from safetensors.torch import load_file
+from healing_run import CONFIG, packs, stored_student, tiny_pair
 
 from blocks.errors import ConfigError
 from distill.config import DistillConfig
@@ -121,6 +120,6 @@ def test_muon_heals_and_resumes_exactly(tmp_path: Path) -> None:
     for until in (4, 7, None):
         result = heal(MUON, *tiny_pair(), *packs(), tmp_path / "parts", until=until)
     assert result.after == whole.after
-    name = f"checkpoints/step-{MUON.steps:06d}/student.safetensors"
-    ours, theirs = (load_file(tmp_path / run / name) for run in ("parts", "whole"))
+    name = f"checkpoints/step-{MUON.steps:06d}"
+    ours, theirs = (stored_student(tmp_path / run / name) for run in ("parts", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from healing_run import CONFIG, packs, tiny_pair
+from healing_run import CONFIG, MUON, packs, stored_student, tiny_pair
 from safetensors.torch import load_file
 
 from blocks.errors import CheckpointError, ConfigError, NasError
@@ -31,6 +31,7 @@ SCRIPT = Path(__file__).parent / "healing_run.py"
 # At step 2 nothing is kept; fsync 7 is in the first checkpoint, 19 in a best student; the fourth renaming removes a
 # checkpoint.
 KILLS = ("step:2", "step:7", "sync:7", "sync:19", "rename:3", "rename:4")
+ON_RANKS = ("ranks:2", "sharded:2", "muon:2", "lost:7", "fewer:7")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def metrics(out_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def final_weights(out_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(out_dir / "checkpoints" / f"step-{CONFIG.steps:06d}" / "student.safetensors")
+    return stored_student(out_dir / "checkpoints" / f"step-{CONFIG.steps:06d}")
 
 
 def assert_same_end(out_dir: Path, reference: Path) -> None:
@@ -80,8 +81,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
     """The runs of `healing_run.py`: where they lie, a directory a case, and how each of their processes ended."""
     out_dir = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, str(SCRIPT), str(out_dir), *KILLS, "ranks:2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(SCRIPT), str(out_dir), *KILLS, *ON_RANKS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return out_dir, json.loads(done.stdout.splitlines()[-1])
 
@@ -120,7 +121,7 @@ def test_killed_and_resumed_equals_never_killed(
     assert codes[kill] == [-signal.SIGKILL]
     run(out_dir)
     assert_same_end(out_dir, reference)
-    assert not list(out_dir.rglob(".*"))
+    assert not [path for path in out_dir.rglob(".*") if path.name != ".metadata"]
 
 
 def test_sigterm_writes_a_checkpoint(tmp_path: Path, reference: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_step_that_is_not_finite_stops_and_overwrites_nothing(tmp_path: Path) 
 
     with pytest.raises(NasError, match=r"at step 7, on sequences \d+, \d+, \d+, \d+ of the training pack"):
         heal(CONFIG, teacher, student, *packs(), tmp_path, on_step=poison)
-    newest = load_file(tmp_path / "checkpoints" / "step-000006" / "student.safetensors")
+    newest = stored_student(tmp_path / "checkpoints" / "step-000006")
     assert all(tensor.isfinite().all() for tensor in newest.values())
     assert metrics(tmp_path, "train")[-1]["step"] == 6
 
@@ -169,7 +170,7 @@ def test_resuming_another_run_says_what_differs(tmp_path: Path, reference: Path)
 
 def test_damaged_checkpoint_is_named(tmp_path: Path, reference: Path) -> None:
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "checkpoints" / "step-000012" / "student.safetensors").write_bytes(b"nonsense")
+    (tmp_path / "checkpoints" / "step-000012" / "__0_0.distcp").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="step-000012 is damaged"):
         run(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "step-000012")
@@ -195,12 +196,39 @@ def test_full_disk_keeps_older_checkpoints(tmp_path: Path, reference: Path) -> N
     assert_same_end(tmp_path, reference)
 
 
-def test_two_ranks_give_the_losses_of_one(processes: tuple[Path, dict[str, list[int]]], reference: Path) -> None:
-    out_dir, codes = processes[0] / "ranks:2", processes[1]
-    assert codes["ranks:2"] == [0, 0]
+def assert_same_curve(out_dir: Path, reference: Path) -> None:
     for kind, field in (("train", "loss"), ("train", "grad_norm"), ("eval", "kl")):
         for found, wanted in zip(metrics(out_dir, kind), metrics(reference, kind), strict=True):
             assert found[field] == pytest.approx(wanted[field], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["ranks:2", "sharded:2"])
+def test_two_ranks_give_the_losses_of_one(
+    processes: tuple[Path, dict[str, list[int]]], reference: Path, case: str
+) -> None:
+    assert processes[1][case] == [0, 0]
+    assert_same_curve(processes[0] / case, reference)
+    best = load_file(processes[0] / case / "best" / "student.safetensors")
+    for name, wanted in load_file(reference / "best" / "student.safetensors").items():
+        torch.testing.assert_close(best[name], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_on_shards_is_muon(processes: tuple[Path, dict[str, list[int]]], tmp_path: Path) -> None:
+    assert processes[1]["muon:2"] == [0, 0]
+    run(tmp_path, MUON)
+    for found, wanted in zip(metrics(processes[0] / "muon:2", "train"), metrics(tmp_path, "train"), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+
+
+def test_a_lost_rank_and_a_restart_end_the_same(processes: tuple[Path, dict[str, list[int]]], reference: Path) -> None:
+    """The checkpoint of step 6 is gone on with, by two ranks and by one: what the shards hold does not depend on their number."""
+    first, second, *again = processes[1]["lost:7"]
+    assert first != 0 and second == -signal.SIGKILL and again == [0, 0]
+    assert_same_curve(processes[0] / "lost:7", reference)
+    fewer = processes[0] / "fewer:7"
+    assert -signal.SIGKILL in processes[1]["fewer:7"]
+    run(fewer)
+    assert_same_curve(fewer, reference)
 
 
 def test_half_precision_student_keeps_fp32_master_weights(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Healing in several stages: each a `heal` of its own, which begins with the best weights of the one before.
+
+    out_dir/metrics.jsonl            of all stages, each line with its `stage` if there are several
+    out_dir/checkpoints, best        of the only stage; or
+    out_dir/1-kd/, out_dir/2-cpt/    of each of several
+
+The stages of the published recipes: block-local (Puzzle, arXiv 2411.19146), distillation, continual pretraining on better
+text, and at the end the same at greater lengths (Llama-Nemotron, arXiv 2505.00949).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from distill.checkpoint import load_weights
+from distill.config import DistillConfig
+from distill.progress import HealResult, Progress
+from distill.trainer import heal
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage."""
+
+    config: DistillConfig
+    train_pack: np.ndarray
+    """[sequences, length] of token ids, possibly memory-mapped."""
+
+
+def stage_names(configs: Sequence[DistillConfig]) -> list[str]:
+    """What the stages are called: "1-kl", "2-ce"; their directories, too."""
+    return [f"{number}-{config.loss}" for number, config in enumerate(configs, start=1)]
+
+
+def heal_in_stages(
+    stages: Sequence[Stage],
+    load_pair: Callable[[], tuple[nn.Module, nn.Module]],
+    heldout_pack: np.ndarray,
+    out_dir: Path,
+    *,
+    other_texts: Mapping[str, np.ndarray] | None = None,
+    on_step: Callable[[int, Progress], None] | None = None,
+    resume: bool = True,
+) -> list[HealResult]:
+    """Heals a child stage after stage; what is done is not done again. Returns the result of each.
+
+    Args:
+        stages: at least one.
+        load_pair: gives (teacher, student), the child as it was at the very first; called once a stage, since sharding
+            changes both.
+        heldout_pack: decides in every stage which weights are best.
+        out_dir: where metrics, checkpoints and best students go.
+        other_texts: packs by name that are measured besides.
+        on_step: told the stage's index and how it goes (on the main process).
+        resume: go on with what is there; if False, it is removed.
+
+    Raises:
+        As `distill.trainer.heal`.
+    """
+    names = stage_names([stage.config for stage in stages])
+    results: list[HealResult] = []
+    for index, (name, stage) in enumerate(zip(names, stages, strict=True)):
+        teacher, student = load_pair()
+        if results and any(not parameter.is_meta for parameter in student.parameters()):
+            load_weights(results[-1].best_path, student)
+
+        def tell(progress: Progress, index: int = index) -> None:
+            if on_step is not None:
+                on_step(index, progress)
+
+        alone = len(stages) == 1
+        results.append(
+            heal(
+                stage.config,
+                teacher,
+                student,
+                stage.train_pack,
+                heldout_pack,
+                out_dir if alone else out_dir / name,
+                on_step=tell,
+                resume=resume,
+                other_texts=other_texts,
+                log=out_dir / "metrics.jsonl",
+                stage=None if alone else name,
+            )
+        )
+    return results
