@@ -121,11 +121,20 @@ def test_left_padding_changes_nothing(implementation: str) -> None:
     assert torch.equal(padded[0, 12:], alone[0, 8:])
 
 
-def test_only_attentions_fill_the_cache() -> None:
+def test_only_attentions_fill_the_cache_each_at_its_layer() -> None:
     child = mixed_child()
+    assert [layer.self_attn.layer_idx for layer in child.model.layers if hasattr(layer.self_attn, "layer_idx")] == [
+        2,
+        4,
+        5,
+    ]
     cache = child(tokens(), use_cache=True).past_key_values
-    filled = [layer for layer in cache.layers if layer.is_initialized]
-    assert [layer.keys.shape[1] for layer in filled] == [1, 2, 4]
+    values = {
+        index: layer.keys.shape[1] * layer.keys.shape[3]
+        for index, layer in enumerate(cache.layers)
+        if layer.is_initialized
+    }
+    assert values == {0: 1, 2: 1 * 16, 4: 2 * 16, 5: 4 * 16}  # layer 0 has no attention and counts tokens
     assert cache.get_seq_length() == 12
 
 

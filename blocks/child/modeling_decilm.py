@@ -2,7 +2,8 @@
 
 This file travels inside every child checkpoint: `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`.
 A layer's attention has its own number of KV heads, or is one matrix, or is absent; its FFN has its own width, or is
-one matrix, or is absent. What is absent has no tensors, no norm and no cache. All else is Llama's own code.
+one matrix, or is absent. What is absent has no tensors, no norm and no cache. All else is Llama's own code. Runs on
+transformers 4.57 and 5.
 """
 
 from __future__ import annotations
@@ -29,22 +30,18 @@ from .configuration_decilm import DeciLMConfig
 
 
 class DeciLMAttention(LlamaAttention):
-    """Llama attention with the KV heads of its layer.
+    """Llama attention with the KV heads of its layer."""
 
-    `cache_index` counts attentions, not layers: the cache's first entry is then always a real one, and its length and
-    the causal mask are right even if the first layers have no attention.
-    """
-
-    def __init__(self, config: DeciLMConfig, layer: int, cache_index: int) -> None:
-        super().__init__(_with(config, num_key_value_heads=config.kv_heads(layer)), layer_idx=cache_index)
+    def __init__(self, config: DeciLMConfig, layer: int) -> None:
+        super().__init__(_with(config, num_key_value_heads=config.kv_heads(layer)), layer_idx=layer)
         self.config = config  # the shared one, so that `set_attn_implementation` reaches every layer
 
 
 class DeciLMNormedAttention(DeciLMAttention):
     """The same with queries and keys normalised per head before rotation, as in Qwen3."""
 
-    def __init__(self, config: DeciLMConfig, layer: int, cache_index: int) -> None:
-        super().__init__(config, layer, cache_index)
+    def __init__(self, config: DeciLMConfig, layer: int) -> None:
+        super().__init__(config, layer)
         self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -104,10 +101,11 @@ class DeciLMLinearMLP(nn.Module):
 class DeciLMDecoderLayer(GradientCheckpointingLayer):
     """One layer. `self_attn` and `mlp` are None where the layer has none, and so is the norm before each."""
 
-    def __init__(self, config: DeciLMConfig, layer: int, cache_index: int) -> None:
+    def __init__(self, config: DeciLMConfig, layer: int) -> None:
         super().__init__()
         self.hidden_size = config.hidden_size
-        self.self_attn: Any = _attention(config, layer, cache_index)
+        self.counts_tokens = layer == 0 and config.kv_heads(0) == 0
+        self.self_attn: Any = _attention(config, layer)
         self.mlp: Any = _ffn(config, layer)
         self.input_layernorm: Any = None if self.self_attn is None else _norm(config)
         self.post_attention_layernorm: Any = None if self.mlp is None else _norm(config)
@@ -117,16 +115,28 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         if self.self_attn is not None:
             attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
             hidden_states = hidden_states + attended
+        if self.counts_tokens and kwargs.get("past_key_values") is not None:
+            _count_tokens(hidden_states, **kwargs)
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
 
 
-def _attention(config: DeciLMConfig, layer: int, cache_index: int) -> nn.Module | None:
+def _count_tokens(hidden_states: Tensor, past_key_values: Any, cache_position: Any = None, **_: Any) -> None:
+    """Puts one number a token into the cache's entry of a layer 0 that has no attention.
+
+    transformers asks the first entry of a cache, of any kind, how many tokens the whole cache holds. Left empty it
+    would say none: positions and masks would be wrong from the second step on.
+    """
+    ones = hidden_states.new_ones((hidden_states.shape[0], 1, hidden_states.shape[1], 1))
+    past_key_values.update(ones, ones, 0, {"cache_position": cache_position})
+
+
+def _attention(config: DeciLMConfig, layer: int) -> nn.Module | None:
     kind = config.attention_kind(layer)
     if kind == "kv":
         attention = DeciLMNormedAttention if config.qk_norm else DeciLMAttention
-        return attention(config, layer, cache_index)
+        return attention(config, layer)
     return DeciLMLinearMixer(config) if kind == "linear" else None
 
 
@@ -163,11 +173,7 @@ class DeciLMModel(DeciLMPreTrainedModel, LlamaModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        has_attention = [config.kv_heads(layer) > 0 for layer in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(
-            DeciLMDecoderLayer(config, layer, cache_index=sum(has_attention[:layer]))
-            for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DeciLMDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = _norm(config)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -204,6 +210,12 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, LlamaForCausalLM):
         if faults:
             raise ValueError(f"{pretrained_model_name_or_path} does not fit its configuration ({'; '.join(faults)})")
         return (model, info) if wants_info else model
+
+    def _get_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers 4 alone calls this. A static cache that it would use again must have a size in every layer."""
+        vars(self).pop("_cache", None)
+        parent: Any = super()
+        return parent._get_cache(*args, **kwargs)
 
 
 def _shortened(keys: Any, limit: int = 5) -> str:
