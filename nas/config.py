@@ -274,6 +274,10 @@ SECTIONS: dict[str, type] = {
 }
 
 
+STAGES = "stages"
+OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate")
+
+
 def load_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     """Reads a recipe: sections run, data, score, search, scenario, distill, engine, each with keys of its dataclass.
 
@@ -290,8 +294,19 @@ def load_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
     sections = _mapping(path, "the recipe", recipe, list(SECTIONS))
     for name, section in sections.items():
         known = [f.name for f in fields(SECTIONS[name]) if f.name not in SECTIONS]
-        _mapping(path, name, section, known)
+        _mapping(path, name, section, [*known, STAGES] if name == "distill" else known)
+        for number, stage in enumerate(_stages(path, section) if name == "distill" else [], start=1):
+            _mapping(path, f"distill.stages[{number}]", stage, known)
     return sections
+
+
+def _stages(path: Path, section: dict[str, Any]) -> list[Any]:
+    stages = section.get(STAGES, [])
+    if not isinstance(stages, list) or (STAGES in section and not stages):
+        raise ConfigError(
+            f"{path}: distill.stages must be a list of stages, each a mapping such as {{loss: kl, tokens: 10000000}}"
+        )
+    return stages
 
 
 def _mapping(path: Path, where: str, value: Any, known: list[str]) -> dict[str, Any]:
@@ -310,12 +325,23 @@ def build(kind: type[T], recipe: dict[str, dict[str, Any]], flags: dict[str, Any
     section = next(name for name, known in SECTIONS.items() if known is kind)
     by_device = (ON_CPU if device == "cpu" else ON_GPU).get(section, {})
     given = {name: value for name, value in flags.items() if value is not None}
-    values = by_device | recipe.get(section, {}) | given
+    values = by_device | {name: value for name, value in recipe.get(section, {}).items() if name != STAGES} | given
     types = get_type_hints(kind)
     for name, value in values.items():
         if not _is_of(value, types[name]):
             raise ConfigError(f"{section}.{name} is {value!r}; it must be {_in_words(types[name])}")
     return kind(**values)
+
+
+def build_stages(recipe: dict[str, dict[str, Any]], flags: dict[str, Any], device: str) -> list[DistillConfig]:
+    """The stages of `nas distill`: those that the recipe lists, each over what it says of all, or the only one."""
+    section = recipe.get("distill", {})
+    stages: list[dict[str, Any]] = section.get(STAGES) or [{}]
+    if len(stages) > 1:
+        for name in OF_ONE_STAGE:
+            if flags.get(name) is not None:
+                raise ConfigError(f"{flag(name)}: the recipe has {len(stages)} stages; write {name} in each of them")
+    return [build(DistillConfig, {"distill": section | stage}, flags, device) for stage in stages]
 
 
 def _is_of(value: Any, wanted: Any) -> bool:

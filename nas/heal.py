@@ -1,27 +1,32 @@
 """`nas distill`: heals the run's child by distillation from the parent and writes it.
 
-The child that `nas search` assembled is read from child/, trained in distill/ (resumable), and written to healed/ in the
-budget's dtype. The table that `nas show` prints is in results.json.
+The child that `nas search` assembled is read from child/, trained in distill/ (resumable, in one stage or several, on one rank or
+many), and written to healed/ in the budget's dtype. The table that `nas show` prints is in results.json.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from blocks.checkpoint import as_built, load_child, read_architecture, write_child
 from blocks.errors import CheckpointError
 from blocks.files import save_json
 from blocks.parent import Parent
+from blocks.ranks import ALONE, Ranks
 from blocks.spec import Architecture
 from distill.config import DistillConfig
 from distill.progress import HealResult, Progress
-from distill.trainer import heal
+from distill.stages import Stage, heal_in_stages, stage_names
 from nas.config import to_dict
-from nas.data import load_pack
+from nas.data import DataConfig, load_pack, prepare_data
 from nas.measure import load_parent_model, measure
 from nas.progress import Reporter
 from nas.run import Run, digest
@@ -31,41 +36,65 @@ SAMPLE_TOKENS = 48
 
 
 def run_distill(
-    run: Run, parent: Parent, config: DistillConfig, device: torch.device, reporter: Reporter
-) -> dict[str, Any]:
-    """Does what is missing of `nas distill` and returns the results (results.json)."""
+    run: Run,
+    parent: Parent,
+    stages: Sequence[DistillConfig],
+    device: torch.device,
+    reporter: Reporter,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any] | None:
+    """Does what is missing of `nas distill` and returns the results (results.json); on rank 0, where there are several."""
     found = run.read("architecture.json", "search")
-    key = digest(found["key"], to_dict(config))
-    if run.has("results.json") and run.has("healed/config.json"):
+    key = digest(found["key"], [to_dict(config) for config in stages])
+    if ranks.agree(run.has("results.json") and run.has("healed/config.json")):
         done = run.read("results.json", "distill")
         if done.get("key") == key:
             reporter.say(f"This child is healed already: {run.path('healed')}")
             return done
-    _set_aside_other_child(run, found["key"], reporter)
+    if ranks.main:
+        _set_aside_other_child(run, found["key"], reporter)
+    ranks.wait()
     architecture = Architecture.load(run.path("architecture.json"))
-    healing = _heal(run, parent, architecture, config, found, device, reporter)
+    if read_architecture(run.path("child"))[1] != as_built(parent.shape, architecture)[1]:
+        raise CheckpointError(
+            f"{run.path('child')} is not the child of architecture.json (a search was cut off?); run `nas search` again"
+        )
+    results = _heal(run, parent, stages, device, reporter, ranks)
+    if not ranks.main:
+        return None
+    weights = load_file(results[-1].best_path)
+    write_child(run.path("healed"), parent.path, architecture, weights, found["scenario"]["weight_dtype"])
     heldout = measure(
         parent, {"healed": run.path("healed")}, load_pack(run.path("data") / "heldout.npy"), device, reporter
     )
-    rows = _rows(found, heldout)
     result = {
         "key": key,
         "search": found["key"],
-        "rows": rows,
+        "rows": _rows(found, heldout),
         "heldout_tokens": heldout["tokens"],
-        "healing": {
-            "tokens": healing.tokens,
-            "steps": healing.steps,
-            "best_step": healing.best_step,
-            "seconds": round(healing.seconds, 1),
-            "tokens_per_s": round(healing.tokens_per_s, 1),
-            "before": healing.before.to_dict(),
-            "best": healing.best.to_dict(),
-        },
+        "healing": _told(results),
+        "stages": [
+            {"name": name, "config": to_dict(config)} | _told([of])
+            for name, config, of in zip(stage_names(stages), stages, results, strict=True)
+        ],
         "sample": sample_text(run.path("healed"), parent, device),
     }
     save_json(run.path("results.json"), result)
     return result
+
+
+def _told(results: Sequence[HealResult]) -> dict[str, Any]:
+    """What results.json says of one stage or of all in a row."""
+    tokens = sum(result.tokens for result in results)
+    return {
+        "tokens": tokens,
+        "steps": sum(result.steps for result in results),
+        "best_step": results[-1].best_step,
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "tokens_per_s": round(results[-1].tokens_per_s, 1),
+        "before": results[0].before.to_dict(),
+        "best": results[-1].best.to_dict(),
+    }
 
 
 def _set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
@@ -86,36 +115,95 @@ def _set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
 
 
 def _heal(
-    run: Run,
-    parent: Parent,
-    architecture: Architecture,
-    config: DistillConfig,
-    found: dict[str, Any],
-    device: torch.device,
-    reporter: Reporter,
-) -> HealResult:
-    if read_architecture(run.path("child"))[1] != as_built(parent.shape, architecture)[1]:
-        raise CheckpointError(
-            f"{run.path('child')} is not the child of architecture.json (a search was cut off?); run `nas search` again"
+    run: Run, parent: Parent, stages: Sequence[DistillConfig], device: torch.device, reporter: Reporter, ranks: Ranks
+) -> list[HealResult]:
+    """All stages, with a progress bar each."""
+    texts = Texts(run, parent, reporter, ranks)
+    packs = [texts.train(config) for config in stages]
+    general = {config.general for config in stages if config.general is not None}
+    others = {"general" if len(general) == 1 else source: texts.heldout(source) for source in sorted(general)}
+    pair = Pair(run, parent, stages, device, ranks)
+    names = stage_names(stages) if len(stages) > 1 else [""]
+    with reporter.bar("Healing", stages[0].steps) as (bar, task):
+
+        def on_step(index: int, progress: Progress) -> None:
+            note = f"loss {progress.loss:.3f}  {progress.tokens_per_s:,.0f} tokens/s" if progress.step else ""
+            title = f"Healing {names[index]}".strip()
+            bar.update(task, description=title, completed=progress.step, total=progress.total_steps, note=note)
+            if (e := progress.evaluation) is not None:
+                line = f"  {names[index]} step {progress.step}: held-out KL {e.kl:.4f}, perplexity {e.student_perplexity:.2f}"
+                bar.console.print(line, highlight=False)
+
+        return heal_in_stages(
+            [Stage(config, pack) for config, pack in zip(stages, packs, strict=True)],
+            pair.load,
+            load_pack(run.path("data") / "heldout.npy"),
+            run.path("distill"),
+            other_texts=others,
+            on_step=on_step,
         )
-    data = run.path("data")
-    teacher, student = load_parent_model(parent, device), load_child(run.path("child"))
-    with reporter.bar("Healing", config.steps) as (bar, task):
 
-        def on_step(progress: Progress) -> None:
-            note = f"KL {progress.loss:.3f}  {progress.tokens_per_s:,.0f} tokens/s" if progress.step else ""
-            bar.update(task, completed=progress.step, note=note)
-            if progress.evaluation is not None:
-                e = progress.evaluation
-                bar.console.print(
-                    f"  step {progress.step}: held-out KL {e.kl:.4f}, perplexity {e.student_perplexity:.2f}",
-                    highlight=False,
-                )
 
-        train, heldout = load_pack(data / "train.npy"), load_pack(data / "heldout.npy")
-        result = heal(config, teacher, student, train, heldout, run.path("distill"), on_step=on_step)
-    write_child(run.path("healed"), parent.path, architecture, student.state_dict(), found["scenario"]["weight_dtype"])
-    return result
+@dataclass
+class Pair:
+    """Loads teacher and student: whole on every rank, or real on rank 0 alone if they will be sharded."""
+
+    run: Run
+    parent: Parent
+    stages: Sequence[DistillConfig]
+    device: torch.device
+    ranks: Ranks
+    _teacher: torch.nn.Module | None = None
+
+    def load(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Fresh ones, but for a whole teacher, which healing does not change."""
+        sharded = self.ranks.count > 1 and any(config.sharding == "full" for config in self.stages)
+        place = ("cpu" if self.ranks.main else "meta") if sharded else self.device
+        if self._teacher is None or sharded:
+            half = self.parent.dtype in (torch.bfloat16, torch.float16)
+            exact = all(config.compute_dtype == "bfloat16" for config in self.stages)  # rounded in every product anyway
+            dtype = self.parent.dtype if half and exact else torch.float32
+            self._teacher = load_parent_model(self.parent, place, dtype)
+        child = self.run.path("child")
+        return self._teacher, empty_child(child) if place == "meta" else load_child(child)
+
+
+def empty_child(path: Path) -> torch.nn.Module:
+    """A child on the meta device, without weights."""
+    from blocks.child.modeling_decilm import DeciLMForCausalLM
+
+    config = DeciLMForCausalLM.config_class.from_pretrained(path)
+    with torch.device("meta"):
+        return DeciLMForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token packs of texts that are not the run's own, made once: texts/KEY/{train,heldout}.npy, split as `nas score` splits."""
+
+    run: Run
+    parent: Parent
+    reporter: Reporter
+    ranks: Ranks
+
+    def train(self, config: DistillConfig) -> np.ndarray:
+        """What a stage learns from."""
+        if config.data is None:
+            return load_pack(self.run.path("data") / "train.npy")
+        return self._prepare(replace(self.run.config.data, source=config.data, train_tokens=config.tokens), "train")
+
+    def heldout(self, source: str) -> np.ndarray:
+        """What of a source no stage learns from."""
+        return self._prepare(replace(self.run.config.data, source=source), "heldout")
+
+    def _prepare(self, config: DataConfig, part: str) -> np.ndarray:
+        directory = self.run.path("texts") / digest(to_dict(config))
+        if self.ranks.main:
+            with self.reporter.task(f"Reading {config.source}", 1) as advance:
+                prepare_data(config, self.parent.tokenizer(), self.parent.shape.vocab_size, directory)
+                advance()
+        self.ranks.wait()
+        return load_pack(directory / f"{part}.npy")
 
 
 def _rows(found: dict[str, Any], healed: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,14 +17,21 @@ from nas.progress import Reporter
 MOST_TOKENS = {"cpu": 4096}
 
 
-def load_parent_model(parent: Parent, device: torch.device) -> torch.nn.Module:
-    """The parent as transformers loads it, fp32, without gradients."""
+def load_parent_model(
+    parent: Parent, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """The parent as transformers loads it, without gradients; on "meta" it has no weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours says what is going on
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(parent.path, dtype=torch.float32)
-    return model.to(device).eval().requires_grad_(False)
+    if str(device) == "meta":
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(parent.config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(parent.path, dtype=dtype)
+        model = torch.nn.Module.to(model, device)
+    return model.eval().requires_grad_(False)
 
 
 def measure(

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blocks.shape import ModelShape
-from blocks.spec import LayerSpec
+from blocks.shape import ModelShape, as_built
+from blocks.spec import Architecture, LayerSpec
 from distill.config import DistillConfig
+from distill.memory import healing_memory, step_flops
 from nas.config import RunConfig, SearchConfig
 from nas.costs import Scenario
 from nas.guard import guard_set
@@ -334,17 +335,32 @@ def new_tokens(finalists: int, tokens: int) -> list[tuple[int, int]]:
     return [(count, upto - before) for (count, upto), (_, before) in zip(rounds, [(0, 0), *rounds], strict=False)]
 
 
-def plan_distill(config: DistillConfig, shape: ModelShape, child_parameters: int) -> dict[str, Any]:
-    """Counts and bytes of `nas distill`: teacher, student with gradient and two Adam moments, and one chunk of logits."""
-    parent = shape.parameters(shape.parent_architecture)
-    states = parent * FP32 + child_parameters * 4 * FP32
-    chunk = 3 * config.chunk_tokens * shape.vocab_size * FP32
+def plan_distill(
+    stages: Sequence[DistillConfig], parent: Parent, child: Architecture, device: torch.device, ranks: int = 1
+) -> dict[str, Any]:
+    """Counts, memory by what takes it, and FLOPs of `nas distill`: of the longest stage in memory, and of all in work."""
+    shape = parent.shape
+    built = as_built(shape, child)[1]
+    stored = min(parent.dtype.itemsize, FP32)
+    memories = [
+        healing_memory(
+            config, shape, built, ranks=ranks, teacher_bytes=stored if config.compute_dtype == "bfloat16" else FP32
+        )
+        for config in stages
+    ]
+    most = max(memories, key=lambda memory: memory.peak)
+    flops = sum(config.steps * step_flops(config, shape, built) for config in stages)
     return {
         "stage": "distill",
-        "tokens": config.steps * config.step_tokens,
-        "steps": config.steps,
-        "batch": f"{config.batch_sequences} x {config.sequence_length}",
-        "child_parameters": child_parameters,
-        "memory_gb": round((states + chunk) / 1e9, 3),
-        "memory": "weights, gradients, optimizer and logits; activations come on top",
+        "tokens": sum(config.steps * config.step_tokens for config in stages),
+        "steps": sum(config.steps for config in stages),
+        "batch": ", ".join(f"{config.batch_sequences} x {config.sequence_length}" for config in stages),
+        "ranks": ranks,
+        "child_parameters": shape.parameters(built),
+        "memory_gb": round(most.peak / 1e9, 3),
+        "memory_of": "one rank" if ranks > 1 else str(device.type),
+        **{f"{name.replace(' ', '_')}_gb": round(size / 1e9, 3) for name, size in most.parts.items()},
+        "backward_gb": round(sum(most.backward.values()) / 1e9, 3),
+        "update_gb": round(sum(most.update.values()) / 1e9, 3),
+        "tflop": round(flops / 1e12, 1),
     }

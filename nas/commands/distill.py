@@ -28,7 +28,13 @@ nas distill                                               sensible numbers for t
 
 nas distill --tokens 20000000 --batch-sequences 32 --sequence-length 1024
 
-nas distill --run runs/8b                                 stopped? the same command goes on where it was"""
+nas distill --recipe stages.yaml                          block-local, distillation, then longer text (docs/formats.md)
+
+torchrun --nproc-per-node 8 -m -- nas distill --run runs/70b --sharding full   both models sharded over 8 GPUs
+
+nas distill --run runs/8b                                 stopped? the same command goes on where it was
+
+nas distill --dry-run                                     steps, memory by what takes it, FLOPs"""
 
 
 def distill(
@@ -42,6 +48,31 @@ def distill(
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between held-out evaluations.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="kl (to the parent), jsd, ce (the text itself) or bld (layer by layer).")
+    ] = None,
+    cosine: Annotated[
+        float | None, typer.Option(help="Weight of 1 - cosine between the residual streams of child and parent.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or muon for the matrices inside layers.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to train on, as for nas score; the run's own if not given.")
+    ] = None,
+    general: Annotated[
+        str | None, typer.Option(help="Other text, as for nas score, measured beside the held-out text.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Evaluations without a lower held-out KL after which healing ends; 0 is never.")
+    ] = None,
+    sharding: Annotated[
+        str | None, typer.Option(help="Over several ranks: none (DDP, a copy on each) or full (FSDP2, shards).")
+    ] = None,
+    checkpoint_activations: Annotated[
+        bool | None,
+        typer.Option("--checkpoint-activations", help="Recompute activations: less memory, a third slower."),
+    ] = None,
+    track: Annotated[str | None, typer.Option(help="Besides metrics.jsonl: tensorboard or wandb.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the training sequences.")] = None,
     run: RunOption = DEFAULT_RUN,
     recipe: RecipeOption = None,
@@ -52,26 +83,30 @@ def distill(
 ) -> None:
     """Heal the child by distilling from the parent, and write it."""
     arguments = locals()
-    from blocks.ranks import require_one_process
+    from blocks.ranks import join
     from distill.config import DistillConfig
-    from nas.config import build, load_recipe
+    from nas.config import build_stages, load_recipe
 
-    require_one_process("nas distill")
-    place = pick_device(device)
+    ranks, place = join(pick_device(device))
     flags = settings_of(DistillConfig, arguments, device="cpu" if place.type == "cpu" else None)
-    config = build(DistillConfig, load_recipe(recipe), flags, place.type)
+    stages = build_stages(load_recipe(recipe), flags, place.type)
 
     from nas.heal import forget_healing, run_distill
 
     opened_run, parent = open_run_and_parent(run)
     if dry_run:
+        from blocks.spec import Architecture
         from nas.plan import plan_distill
 
-        parameters = opened_run.read("architecture.json", "search")["cost"]["parameters"]
-        return emit(plan_distill(config, parent.shape, parameters), as_json)
-    if restart:
+        architecture = Architecture.load(opened_run.path("architecture.json"))
+        return emit(plan_distill(stages, parent, architecture, place, ranks.count), as_json)
+    if restart and ranks.main:
         forget_healing(opened_run)
-    result = run_distill(opened_run, parent, config, place, reporter(as_json))
+    ranks.wait()
+    result = run_distill(opened_run, parent, stages, place, reporter(as_json or not ranks.main), ranks)
+    ranks.leave()
+    if result is None or not ranks.main:
+        return
     if as_json:
         return emit(result, as_json)
     from rich.console import Console

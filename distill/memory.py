@@ -1,0 +1,164 @@
+"""What healing takes on one rank: bytes by what takes them, and FLOPs of a step. Integers, no torch.
+
+Shapes: n tokens of a micro-batch, D hidden size, V vocabulary, C channels of q, k and v, E head_dim, H heads, I FFN channels.
+The peak is the larger of two moments:
+
+    the start of the backward pass    activations, rounded weights, and the gradients of the vocabulary loss
+    the optimizer's step              all gradients, and what the optimizer makes on its way
+
+The second counts as well when several micro-batches are accumulated: then the gradients lie beside the activations. Not
+counted: the CUDA context (about 0.5 GB), NCCL's buffers, and what the allocator cannot reuse. `python benchmarks/healing.py memory`
+compares it with what is measured (docs/memory.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blocks.shape import ModelShape
+from blocks.spec import Architecture, LayerSpec
+from distill.config import DistillConfig
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class HealingMemory:
+    """Bytes on one rank. `parts` lie there all the time."""
+
+    parts: dict[str, int]
+    backward: dict[str, int]
+    """What comes on top at the start of the backward pass."""
+    update: dict[str, int]
+    """What comes on top in the optimizer's step."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values()) + max(sum(self.backward.values()), sum(self.update.values()))
+
+
+def healing_memory(
+    config: DistillConfig, parent: ModelShape, child: Architecture, *, ranks: int = 1, teacher_bytes: int = 2
+) -> HealingMemory:
+    """What `distill.trainer.heal` takes on each of `ranks`, in bytes.
+
+    Args:
+        config: of the stage.
+        parent: the parent's shape.
+        child: the child's architecture, FFN widths as on disk.
+        teacher_bytes: bytes of a weight of the parent as loaded (2 if it is stored in half precision and computed so).
+    """
+    sharded = ranks > 1 and config.sharding == "full"
+    shards = ranks if sharded else 1
+    half = 2 if config.compute_dtype == "bfloat16" else FP32
+    tokens = min(config.micro_batch, -(-config.batch_sequences // ranks)) * config.sequence_length
+    accumulates = config.batch_sequences > config.micro_batch * ranks
+    learned = parent.parameters(child)
+    matrices = sum(_matrices(parent, layer) for layer in child)
+    table = parent.vocab_size * parent.hidden_size
+    gradients = FP32 * learned // shards
+    parts = {
+        "teacher": _teacher_bytes(parent, teacher_bytes, half, shards, needed=True),
+        "student": FP32 * learned // shards,
+        "optimizer": FP32 * (2 * learned - (matrices if config.optimizer == "muon" else 0)) // shards,
+    }
+    if ranks > 1:
+        layer = max(parent.layer_parameters(each) for each in (*child, parent.parent_layer))
+        whole = 2 * half * layer + half * (parent.fixed_parameters + table) if sharded else 0
+        parts["shared between ranks"] = whole or gradients  # layers brought together; or DDP's buckets
+    rounded = 0 if half == FP32 else half * (matrices + table)
+    backward = {
+        "activations": _activations(config, parent, child, tokens, half),
+        "rounded weights": rounded if not sharded else 0,
+        "vocabulary loss": _vocabulary(config, parent, tokens, half),
+        "gradients": gradients if accumulates else 0,
+    }
+    if config.cosine or config.loss == "bld":
+        streams = tokens * parent.hidden_size * (len(child) + 1)
+        backward["streams"] = streams * (half + (half if config.cosine else 0))
+    update = {"gradients": gradients, "Muon": _muon(parent, child, shards) if config.optimizer == "muon" else 0}
+    return HealingMemory(parts, backward, update)
+
+
+def step_flops(config: DistillConfig, parent: ModelShape, child: Architecture) -> int:
+    """Matrix products of a whole step, all ranks together: 2 per weight and token forward, 4 backward; attention is causal.
+
+    Evaluations, recomputed activations and the optimizer are not counted: the "model FLOPs" of Chowdhery et al. (arXiv 2204.02311).
+    """
+    tokens = config.step_tokens
+    whole = Architecture.uniform(parent.num_hidden_layers, parent.parent_layer)
+    teacher = _forward_flops(parent, whole, config.sequence_length) if config.objective.needs_teacher else 0
+    return tokens * (teacher + 3 * _forward_flops(parent, child, config.sequence_length))
+
+
+def _forward_flops(parent: ModelShape, architecture: Architecture, length: int) -> int:
+    """Of one token, on average over a sequence of `length`."""
+    weights = sum(_matrices(parent, layer) for layer in architecture) + parent.vocab_size * parent.hidden_size
+    attending = sum(layer.attention.kind == "kv" for layer in architecture)
+    return 2 * weights + attending * 4 * parent.num_attention_heads * parent.head_dim * (length + 1) // 2
+
+
+def _matrices(parent: ModelShape, layer: LayerSpec) -> int:
+    """Weights of a layer but its norms."""
+    skipped = (layer.attention.kind == "skip") + (layer.ffn.kind == "skip")
+    return parent.layer_parameters(layer) - (2 - skipped) * parent.hidden_size
+
+
+def _teacher_bytes(parent: ModelShape, loaded: int, half: int, shards: int, needed: bool) -> int:
+    """Its weights; and, loaded in fp32 for half precision, a rounded copy of its matrices and head besides."""
+    weights = parent.parameters(parent.parent_architecture)
+    matrices = parent.num_hidden_layers * _matrices(parent, parent.parent_layer)
+    rounded = half * (matrices + parent.vocab_size * parent.hidden_size) if loaded > half and shards == 1 else 0
+    return loaded * weights // shards + rounded
+
+
+def _activations(config: DistillConfig, parent: ModelShape, child: Architecture, tokens: int, half: int) -> int:
+    """What the student's forward pass keeps for its backward pass."""
+    kept = [_layer_activations(parent, layer, half) for layer in child]
+    hidden = parent.hidden_size
+    ends = hidden * (FP32 + 2 * half) + 2 * hidden * half  # embedding, final norm; last hidden states of both
+    if config.checkpoint_activations:
+        return tokens * (len(child) * hidden * (FP32 + half) + max(kept, default=0) + ends)
+    return tokens * (sum(kept) + ends)
+
+
+def _layer_activations(parent: ModelShape, layer: LayerSpec, half: int) -> int:
+    """Bytes a token: residual sums (fp32), normed inputs, q, k, v, attention's output, gate and up, their product."""
+    hidden, heads, size = parent.hidden_size, parent.num_attention_heads, parent.head_dim
+    entering = (
+        hidden * (FP32 + half) + FP32
+    )  # the stream and the norm's scale, kept by the norm; the input of the matrices
+    attention = {
+        "kv": entering + half * size * (heads + 2 * layer.attention.kv_heads) + half * heads * size + FP32 * heads,
+        "linear": entering,
+        "skip": 0,
+    }[layer.attention.kind]
+    ffn = {"width": entering + 3 * half * layer.ffn.width, "linear": entering, "skip": 0}[layer.ffn.kind]
+    return attention + ffn
+
+
+def _vocabulary(config: DistillConfig, parent: ModelShape, tokens: int, half: int) -> int:
+    """The gradients of head and hidden states, made in the forward pass; and the chunk's logits, twice, with their gradient."""
+    table = parent.vocab_size * parent.hidden_size
+    chunk = min(config.chunk_tokens, tokens) * parent.vocab_size * (2 * FP32 + half)
+    return FP32 * table + half * tokens * parent.hidden_size + max(chunk, FP32 * table)
+
+
+def _muon(parent: ModelShape, child: Architecture, shards: int) -> int:
+    """The matrices of the most numerous shape: looked ahead and stacked in fp32, four of them in bfloat16."""
+    hidden, size = parent.hidden_size, parent.head_dim
+    numbers: dict[tuple[int, int], int] = {}
+    for layer in child:
+        shapes = []
+        if layer.attention.kind == "kv":
+            shapes += 2 * [(parent.num_attention_heads * size, hidden)] + 2 * [
+                (layer.attention.kv_heads * size, hidden)
+            ]
+        if layer.ffn.kind == "width":
+            shapes += 3 * [(layer.ffn.width, hidden)]
+        for shape in shapes:
+            numbers[shape] = numbers.get(shape, 0) + 1
+    largest = max((rows * columns * count for (rows, columns), count in numbers.items()), default=0)
+    if shards > 1:
+        largest = max((rows * columns for rows, columns in numbers), default=0) * shards
+    return largest * (2 * FP32 + 4 * 2)
