@@ -1,16 +1,12 @@
-"""`nas fuse`: FFNs in sequence become one wide FFN where that is faster and hurts little (blocks/fuse.py).
+"""FFN fusion of one child: FFNs in sequence become one wide FFN where that is faster and hurts little (blocks/fuse.py).
 
-    a run's child       child/ -> fused/ and fusion.json; with `replace`, fused/ becomes the child that `nas distill` heals
-    its healed child    healed/ -> healed-fused/ and healed-fusion.json
-    any child           PATH -> PATH-fused (or `out`), and PATH-fused.json beside it
-
-Everything is decided on calibration text, and reported on held-out text. Nothing is written before all is decided.
+Everything is decided on calibration text, and reported on held-out text. Nothing is written before all is decided. What of a
+run, or of no run, is fused: nas/fusion_run.py and nas/fusion_path.py.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blocks.checkpoint import as_built, check_child, read_architecture, write_child
+from blocks.checkpoint import check_child, read_architecture, write_child
 from blocks.child.layout import as_config, read_config
 from blocks.digest import sample_file
-from blocks.errors import CheckpointError, ConfigError
 from blocks.families import FAMILIES
-from blocks.files import remove_directory, replace_directory, save_json
+from blocks.files import remove_directory, save_json
 from blocks.fuse import Run as FusedRun
 from blocks.fuse import ffn_stretches, fused_architecture, fused_layers, fused_width
 from blocks.parent import Parent
@@ -34,17 +29,14 @@ from blocks.sweep import Sweep
 from blocks.weights import EMBEDDING, FINAL_NORM, HEAD
 from nas.clock import MS
 from nas.config import require, to_dict
-from nas.costs import CostModel, Scenario
-from nas.data import load_pack, to_tokens
+from nas.costs import Scenario
+from nas.data import to_tokens
 from nas.engine import make_sweep
 from nas.fusion_search import Chooser, FusingChild, Proposal, Row, count_proposals, fused_runs, propose
 from nas.fusion_times import DEFAULT_SHEET, HERE, FFNTimes, ffn_times
 from nas.measure import measure
 from nas.progress import Reporter
-from nas.run import Run, digest
-
-SOURCES = {"child": ("fused", "fusion.json"), "healed": ("healed-fused", "healed-fusion.json")}
-UNFUSED = "child-unfused"
+from nas.run import digest
 
 
 @dataclass(frozen=True)
@@ -115,100 +107,6 @@ def plan_fusion(source: Path, out: Path, config: FusionConfig, scenario: Scenari
         "output": scenario.output_tokens,
         "out": str(out),
     }
-
-
-def run_fuse(
-    run: Run,
-    parent: Parent,
-    which: str,
-    config: FusionConfig,
-    scenario: Scenario,
-    device: torch.device,
-    reporter: Reporter,
-    replace: bool = False,
-) -> dict[str, Any]:
-    """`nas fuse` on a run: writes fused/ and fusion.json (or healed-...), and returns what the latter holds."""
-    if replace and which != "child":
-        raise ConfigError(
-            "--replace puts the fused child in the place of the one to be healed: not with --child healed"
-        )
-    task = task_of(run, which)
-    result = fuse_child(task, parent, config, scenario, device, reporter)
-    if replace and result["runs"]:
-        replace_child(run, parent, result)
-        reporter.say(f"{run.path('child')} is the fused child now, {run.path(UNFUSED)} the one before")
-    return result
-
-
-def task_of(run: Run, which: str) -> Task:
-    """Of a run's child before healing (the unfused one, if it was replaced) or after it."""
-    if which not in SOURCES:
-        raise ConfigError(f"--child {which}: write child (before healing) or healed, or give a child's directory")
-    out, record = SOURCES[which]
-    data = run.path("data")
-    source = unfused_child(run) if which == "child" else run.path("healed")
-    if not (source / "config.json").exists():
-        stage = "search" if which == "child" else "distill"
-        raise CheckpointError(f"{run.directory} has no {which} yet; run `nas {stage} --run {run.directory}` first")
-    return Task(
-        source, run.path(out), run.path(record), load_pack(data / "calibration.npy"), load_pack(data / "heldout.npy")
-    )
-
-
-def unfused(run: Run) -> dict[str, Any]:
-    """The architecture.json of the search, as it was before fusion."""
-    found = run.read("architecture.json", "search")
-    before: dict[str, Any] = found.get("unfused", found)
-    return before
-
-
-def unfused_child(run: Run) -> Path:
-    """Where the child of the search lies: child/, or child-unfused/ once it was replaced (or that was cut off half-way)."""
-    layers = unfused(run)["layers"]
-    for name in ("child", UNFUSED):
-        if run.has(f"{name}/config.json"):
-            shape, built = read_architecture(run.path(name))
-            if as_built(shape, Architecture.from_list(layers))[1] == built:
-                return run.path(name)
-    raise CheckpointError(
-        f"{run.path('child')} is not the child of architecture.json (a search was cut off?); run `nas search` again"
-    )
-
-
-def replace_child(run: Run, parent: Parent, result: dict[str, Any]) -> None:
-    """Makes fused/ the run's child. Cut off anywhere, `nas fuse --replace` finishes it: the unfused child is never lost."""
-    if (source := unfused_child(run)) == run.path("child"):
-        if run.has(UNFUSED):
-            remove_directory(run.path(UNFUSED))
-        source.rename(run.path(UNFUSED))
-    with replace_directory(run.path("child")) as directory:
-        for file in run.path("fused").iterdir():
-            _link(file, directory / file.name)
-    before = unfused(run)
-    architecture = Architecture.from_list(result["layers"])
-    known = set(Scenario.__dataclass_fields__)
-    priced = Scenario(**{key: value for key, value in before["scenario"].items() if key in known})
-    costs = CostModel(parent.shape, priced)
-    after = before | {
-        "key": digest(before["key"], result["runs"]),
-        "layers": result["layers"],
-        "cost": costs.cost(architecture).to_json(),
-        "formula": costs.formula(architecture),
-        "kl": result["kl"]["after"],
-        "kl_se": None,
-        "heldout": before["heldout"] | {"child": result["heldout"]["fused"]},
-        "fusion": {name: result[name] for name in ("runs", "kl", "times", "clock")},
-        "unfused": before,
-    }
-    save_json(run.path("architecture.json"), after)
-
-
-def _link(file: Path, to: Path) -> None:
-    """The same file under a second name, which takes no room: nothing here ever writes into a file that is whole."""
-    try:
-        to.hardlink_to(file)
-    except OSError:  # a file system without such links
-        shutil.copyfile(file, to)
 
 
 # ---- one child
@@ -344,9 +242,21 @@ def _told(
     kept = [row for row in rows if row.kept]
     return told | {
         "clock": {"name": times.name, "device": times.device, "estimate": times.estimate},
-        "kl": {"before": child.unfused.kl, "after": after.kl, "to_unfused": after.kl_unfused},
+        "kl": {
+            "before": child.unfused.kl,
+            "before_se": standard_error(child.unfused.parent),
+            "after": after.kl,
+            "after_se": standard_error(after.parent),
+            "added_se": standard_error(after.parent - child.unfused.parent),
+            "to_unfused": after.kl_unfused,
+        },
         "times": {name: sum(_row(row, scenario)[name] for row in kept) for name in TIMES},
     }
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of one value a sequence [N]; None for fewer than two."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 TIMES = ("prefill_ms", "fused_prefill_ms", "decode_ms", "fused_decode_ms", "request_ms", "fused_request_ms")

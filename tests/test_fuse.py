@@ -32,7 +32,7 @@ from blocks.shape import ModelShape, ffn_mult, ffn_width
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
 from blocks.weights import WeightStore
-from nas import fusion
+from nas import fusion_run
 from nas.clock import Times
 from nas.costs import CostModel, Scenario
 from nas.data import load_pack
@@ -454,7 +454,7 @@ def test_fuse_is_stopped_and_finished_without_loss(
     for place in ("replace_directory", "save_json"):  # between the renames of --replace, and before architecture.json
         with monkeypatch.context() as patched:
             succeed("fuse", "--run", run, *FUSE)
-            patched.setattr(fusion, place, interrupted)
+            patched.setattr(fusion_run, place, interrupted)
             assert nas("fuse", "--run", run, *FUSE, "--replace").code == 130
         held = {name: c for name, c in contents(run).items() if name.startswith("child-unfused/")}
         assert {name.removeprefix("child-unfused/"): c for name, c in held.items()} == {
@@ -483,6 +483,24 @@ def test_the_fused_child_is_healed_and_drawn(searched: Path, tmp_path: Path) -> 
     healed = succeed("fuse", "--run", run, *FUSE, "--child", "healed")
     assert "nothing to fuse" in healed.out  # fused before it was healed
     assert not (run / "healed-fused").exists()
+
+
+@pytest.mark.parametrize("clock", ["H100 datasheet", "profiles/gone.json"])
+def test_a_child_searched_with_a_clock_keeps_its_times(searched: Path, tmp_path: Path, clock: str) -> None:
+    run = copy(searched, tmp_path)
+    found = json.loads((run / "architecture.json").read_text())
+    timed = found["cost"] | {"ttft_ns": 7, "tpot_ns": 8, "request_ns": 9, "tokens_per_s": 10.0, "decode_ms": 8e-6}
+    found |= {"clock": {"name": clock, "device": "a device", "estimate": True}, "cost": timed}
+    (run / "architecture.json").write_text(json.dumps(found))
+    succeed("fuse", "--run", run, *FUSE, "--replace")
+    fused = json.loads((run / "architecture.json").read_text())
+    if clock == "H100 datasheet":
+        assert fused["cost"]["request_ns"] > 1000 and not fused["warnings"]
+    else:
+        assert fused["cost"]["request_ns"] == 9
+        assert "times are those of the child before fusion: profiles/gone.json" in fused["warnings"][-1]
+    on_disk = sum(torch.Size(size).numel() for size in WeightStore(run / "child").shapes.values())
+    assert fused["cost"]["parameters"] == on_disk
 
 
 def test_a_healed_child_is_fused_with_its_own_embedding_and_head(searched: Path, world: World, tmp_path: Path) -> None:

@@ -83,10 +83,13 @@ def fuse(
 ) -> None:
     """Fuse FFNs that follow one another without attention into one wide FFN, where that is faster and hurts little."""
     arguments = locals()
+    from dataclasses import asdict
+
     from blocks.errors import ConfigError
     from blocks.ranks import require_one_process
     from nas.costs import Scenario
-    from nas.fusion import FusionConfig, plan_fusion, run_fuse, task_of, unfused
+    from nas.fusion import FusionConfig, plan_fusion
+    from nas.fusion_run import run_fuse, scenario_of, task_of, unfused
 
     require_one_process("nas fuse")
     place = pick_device(device)
@@ -106,22 +109,13 @@ def fuse(
     if parent is not None or data is not None or out is not None:
         raise ConfigError("--parent, --data and --out go with a child's directory; a run has its own")
     opened_run, opened = open_run_and_parent(run)
-    known = {key: value for key, value in unfused(opened_run)["scenario"].items() if key in settings_of_scenario()}
-    scenario = Scenario(**known | asked)
+    scenario = Scenario(**asdict(scenario_of(unfused(opened_run))) | asked)
     if dry_run:
         task = task_of(opened_run, child)
         return emit(plan_fusion(task.source, task.out, config, scenario, place.type == "cuda"), as_json)
     result = run_fuse(opened_run, opened, child, config, scenario, place, reporter(as_json), replace)
     later = f"nas fuse --replace{run_flag(run)}, to heal the fused child" if child == "child" else ""
     show_fusion(result, as_json, False, f"nas distill{run_flag(run)}" if replace else later)
-
-
-def settings_of_scenario() -> set[str]:
-    from dataclasses import fields
-
-    from nas.costs import Scenario
-
-    return {field.name for field in fields(Scenario)}
 
 
 def show_fusion(found: dict[str, Any], as_json: bool, dry_run: bool, later: str = "") -> None:
