@@ -135,7 +135,7 @@ class _TeacherLogits:
         return cls(hidden.detach(), head.detach().to(compute_dtype or hidden.dtype))
 
     def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return _product(self.hidden[rows].to(self.head.dtype), self.head.T).to(dtype)
+        return _logits(self.hidden[rows], self.head, dtype)
 
 
 @dataclass(frozen=True)
@@ -198,15 +198,18 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(student_hidden.device.type, enabled=False):
             head = student_head.to(compute_dtype or student_hidden.dtype)
             wanted = head.dtype if hidden_gradient is not None or head_gradient is not None else None
-            for rows, logits, compared in _logits(student_hidden, head, target, chunk):
-                part, logit_gradient = divergence(logits, compared, scale[rows].to(dtype), wanted)
+            for rows in _chunks(len(student_hidden), chunk):
+                logits = _logits(student_hidden[rows], head, dtype)
+                part, logit_gradient = divergence(logits, target.rows(rows, dtype), scale[rows].to(dtype), wanted)
+                del logits  # a chunk's are gone before the next one's are made
                 loss += part
                 if logit_gradient is None:
                     continue
                 if hidden_gradient is not None:
                     hidden_gradient[rows] = _product(logit_gradient, head).to(hidden_gradient.dtype)
                 if head_gradient is not None:
-                    head_gradient += _product(logit_gradient.T, student_hidden[rows].to(head.dtype))
+                    _add_product(head_gradient, logit_gradient.T, student_hidden[rows].to(head.dtype))
+                del logit_gradient
         ctx.save_for_backward(hidden_gradient, None if head_gradient is None else head_gradient.to(student_head.dtype))
         return loss
 
@@ -220,13 +223,13 @@ class _ChunkedLoss(torch.autograd.Function):
 def _kl(
     student: Tensor, teacher: Tensor, scale_n: Tensor, gradient_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """KL(teacher || student): in one kernel on a GPU, which reads the logits twice and writes the gradient; in nine
-    passes over them elsewhere."""
+    """KL(teacher || student): in one kernel on a GPU, which reads the logits twice and writes the gradient; elsewhere in a
+    dozen passes over them and one further buffer."""
     kernels = kernels_for(student)
     if kernels is not None:
         gradient = None if gradient_dtype is None else torch.empty_like(student, dtype=gradient_dtype)
         return kernels.kl_rows(student, teacher, scale_n, gradient).sum(), gradient
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_q, log_p = _log_softmax_(student), _log_softmax_(teacher)
     p = log_p.exp()
     loss = log_p.sub_(log_q).mul_(p).sum(-1) @ scale_n
     if gradient_dtype is None:
@@ -256,12 +259,14 @@ def _jsd(
 def _ce(
     student: Tensor, labels_n: Tensor, scale_n: Tensor, gradient_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy on the labels."""
-    log_q = student.log_softmax(-1)
-    loss = -log_q.gather(1, labels_n[:, None])[:, 0] @ scale_n
+    """Cross-entropy on the labels, in the buffer of the logits alone."""
+    student.sub_(student.amax(-1, keepdim=True))
+    of_label_n = student.gather(1, labels_n[:, None])[:, 0]
+    sum_n = student.exp_().sum(-1)
+    loss = (sum_n.log() - of_label_n) @ scale_n
     if gradient_dtype is None:
         return loss, None
-    gradient = log_q.exp_()
+    gradient = student.div_(sum_n[:, None])
     gradient[torch.arange(len(labels_n), device=labels_n.device), labels_n] -= 1
     return loss, gradient.mul_(scale_n[:, None]).to(gradient_dtype)
 
@@ -295,9 +300,9 @@ def token_statistics(
     with torch.autocast(student_hidden.device.type, enabled=False):
         head = student_head.to(compute_dtype or student_hidden.dtype)
         target = _TeacherLogits.of(teacher_hidden, teacher_head, compute_dtype)
-        for rows, *both in _logits(student_hidden, head, target, chunk):
-            log_q, log_p = (each.log_softmax(-1) for each in both)
-            del both
+        for rows in _chunks(len(labels), chunk):
+            log_q = _log_softmax_(_logits(student_hidden[rows], head, result.dtype))
+            log_p = _log_softmax_(target.rows(rows, result.dtype))
             label_N1 = labels[rows, None]
             agreement = log_p.argmax(-1) == log_q.argmax(-1)
             student_ce, teacher_ce = (-log.gather(1, label_N1)[:, 0] for log in (log_q, log_p))
@@ -306,15 +311,19 @@ def token_statistics(
     return result
 
 
-def _logits(
-    student_hidden: Tensor, student_head: Tensor, target: Target, chunk: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields (rows, student's logits [n, V], rows of the target) for each chunk, logits in the accumulation dtype."""
-    dtype = accumulation_dtype(student_hidden)
-    for start in range(0, student_hidden.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        student = _product(student_hidden[rows].to(student_head.dtype), student_head.T).to(dtype)
-        yield rows, student, target.rows(rows, dtype)
+def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, tokens, chunk))
+
+
+def _logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, V] in `dtype`, the product in that of the head."""
+    return _product(hidden.to(head.dtype), head.T).to(dtype)
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """The log-softmax in the place of the logits, with one buffer of their size on the way."""
+    logits.sub_(logits.amax(-1, keepdim=True))
+    return logits.sub_(logits.exp().sum(-1, keepdim=True).log_())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -322,6 +331,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without a second tensor of its size where the dtypes are one."""
+    if a.dtype == b.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
