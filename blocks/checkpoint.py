@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +52,13 @@ COPIED_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    "tekken.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -67,6 +70,8 @@ def write_child(
     state_dict: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
+    config: Mapping[str, Any] | None = None,
+    rename: Callable[[str], str] = str,
 ) -> None:
     """Writes a child checkpoint; `path` holds the whole child afterwards, or what it held before.
 
@@ -78,17 +83,20 @@ def write_child(
             256 already. Given as pairs they are consumed one by one, and at most one shard is held in memory.
         dtype: of the weights on disk, as torch spells it ("bfloat16").
         shard_bytes: largest size of one safetensors file.
+        config: stands in for the parent's config.json, where the child has other sizes than `parent_dir`.
+        rename: from Llama's names to those on disk, for an engine that has its own.
 
     Raises:
         CheckpointError: if tensors are missing, left over or of another shape, or the disk refuses.
     """
     path, parent_dir = Path(path), Path(parent_dir)
-    parent_config = as_config(read_config(parent_dir))
-    config = child_config(parent_config, architecture, dtype)
+    parent_config = as_config(read_config(parent_dir) if config is None else config)
+    written = child_config(parent_config, architecture, dtype)
     pairs = state_dict.items() if isinstance(state_dict, Mapping) else state_dict
     with replace_directory(path) as directory:
-        _write_shards(directory, _fitted(pairs, shape_of(parent_config), architecture), dtype, shard_bytes)
-        (directory / "config.json").write_text(config.to_json_string())
+        fitted = _fitted(pairs, shape_of(parent_config), architecture)
+        _write_shards(directory, ((rename(name), tensor) for name, tensor in fitted), dtype, shard_bytes)
+        (directory / "config.json").write_text(written.to_json_string())
         for name in MODEL_CODE:
             shutil.copyfile(Path(__file__).parent / "child" / name, directory / name)
         for name in COPIED_FILES:

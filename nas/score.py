@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from blocks.candidates import FitConfig, fit_layer
+from blocks.engines import ENGINES, unsupported
 from blocks.errors import ConfigError
 from blocks.files import clear_leftovers, save_json
 from blocks.layer import Weights
@@ -340,6 +341,16 @@ class Scoring:
                 future.result()
 
 
+def require_served(parent: Parent, target: str) -> None:
+    """Raises ConfigError if the target engine could serve no child of this parent."""
+    rope = (parent.config.rope_parameters or {}).get("rope_type") or "default"
+    if because := unsupported(ENGINES[target], parent.shape, parent.shape.parent_architecture, rope):
+        raise ConfigError(
+            f"--target {target} does not serve children of {parent.family.model_type}: {'; '.join(because)}; "
+            "use --target transformers"
+        )
+
+
 def run_score(
     run: Run,
     parent: Parent,
@@ -350,11 +361,7 @@ def run_score(
 ) -> dict[str, Any]:
     """Does what is missing of `nas score` in a run directory and returns its summary (score.json)."""
     space = load_space(run.config.space, run.config.target)
-    if parent.shape.qk_norm and space.target != "transformers":
-        raise ConfigError(
-            f"--target {space.target} does not serve children of {parent.family.model_type}: the Nemotron form has no "
-            "query and key norms there; use --target transformers"
-        )
+    require_served(parent, space.target)
     scoring = Scoring(run, parent, space, device, reporter, engine or EngineConfig(), ranks)
     if ranks.main:
         for directory in (run.directory, scoring.library.directory, run.path("scores")):

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
+from blocks.engines import ENGINES, engine_of
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape
 from blocks.spec import WIDTH_MULTIPLE, AttentionSpec, FFNSpec, LayerSpec
 
-SERVES_LINEAR = {"vllm": False, "transformers": True}
 KEYS: dict[str, tuple[str, ...]] = {
     "": ("attention", "ffn", "keep_first_attention"),
     "attention": ("kv_heads", "skip", "linear"),
@@ -32,7 +32,7 @@ class SearchSpace:
         ffn_ratios: FFN widths as shares of the parent's, rounded to multiples of 256.
         ffn_widths: FFN widths in channels, beside the ratios.
         attention_skip, attention_linear, ffn_skip, ffn_linear: whether these kinds are in.
-        keep_first_attention: layer 0 keeps an attention with a KV cache (vLLM and llama.cpp need it).
+        keep_first_attention: layer 0 keeps an attention with a KV cache, which most engines need (blocks/engines.py).
     """
 
     name: str
@@ -83,11 +83,11 @@ def available_spaces() -> dict[str, Path]:
 
 
 def load_space(name: str, target: str = "vllm") -> SearchSpace:
-    """Loads a recipe by name or path for a target engine. Raises ConfigError on anything it does not know."""
-    if target not in SERVES_LINEAR:
-        raise ConfigError(
-            f"--target {target}: not known{_nearest(target, SERVES_LINEAR)}; known: {', '.join(SERVES_LINEAR)}"
-        )
+    """Loads a recipe by name or path for a target engine (a key of `ENGINES`).
+
+    What the engine cannot serve is no candidate. Raises ConfigError on anything unknown, and on a recipe that insists.
+    """
+    engine_of(target, "--target")
     path = available_spaces().get(name, Path(name))
     if not path.is_file():
         raise ConfigError(f"--space {name}: no such recipe or file; recipes here: {', '.join(available_spaces())}")
@@ -103,27 +103,40 @@ def _space(path: Path, recipe: Any, target: str) -> SearchSpace:
     attention = _section(path, top.get("attention", {}), "attention")
     ffn = _section(path, top.get("ffn", {}), "ffn")
 
+    engine = ENGINES[target]
+
     def linear(section: dict[str, Any], where: str) -> bool:
-        wish = section.get("linear", False)
+        wish, served = section.get("linear", False), getattr(engine, f"linear_{where}")
         if wish == "if-served":
-            return SERVES_LINEAR[target]
-        if _flag(path, wish, f"{where}.linear") and not SERVES_LINEAR[target]:
+            return bool(served)
+        if _flag(path, wish, f"{where}.linear") and not served:
             raise ConfigError(
                 f"{path}: {where}.linear: {target} does not serve linear replacements; use --target transformers"
             )
         return bool(wish)
 
+    keep_first = _flag(path, top.get("keep_first_attention", True), "keep_first_attention")
+    if engine.first_attention and not keep_first:
+        raise ConfigError(f"{path}: keep_first_attention: {target} needs an attention in layer 0; leave the key out")
+    kv_heads = _kv_heads(path, attention.get("kv_heads", "divisors"))
+    if engine.one_kv_count and kv_heads != "parent":
+        if kv_heads != "divisors":
+            raise ConfigError(
+                f"{path}: attention.kv_heads: {target} serves one number of KV heads in all layers; write parent, or leave the key out"
+            )
+        kv_heads = "parent"
+
     return SearchSpace(
         name=path.stem,
         target=target,
-        kv_heads=_kv_heads(path, attention.get("kv_heads", "divisors")),
+        kv_heads=kv_heads,
         ffn_ratios=tuple(_numbers(path, ffn.get("ratios", []), "ffn.ratios", float)),
         ffn_widths=tuple(_numbers(path, ffn.get("widths", []), "ffn.widths", int)),
         attention_skip=_flag(path, attention.get("skip", False), "attention.skip"),
         attention_linear=linear(attention, "attention"),
         ffn_skip=_flag(path, ffn.get("skip", False), "ffn.skip"),
         ffn_linear=linear(ffn, "ffn"),
-        keep_first_attention=_flag(path, top.get("keep_first_attention", True), "keep_first_attention"),
+        keep_first_attention=keep_first,
     )
 
 

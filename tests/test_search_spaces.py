@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 import search_spaces
+from blocks.engines import ENGINES
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape
 from blocks.spec import AttentionSpec, FFNSpec
 from search_spaces import available_spaces, load_space
-from search_spaces.loader import SERVES_LINEAR, SearchSpace
+from search_spaces.loader import SearchSpace
 
 ROOT = Path(__file__).parent.parent
-SHIPPED, TARGETS = ("default", "keep_or_skip", "quick"), tuple(SERVES_LINEAR)
+SHIPPED, TARGETS = ("default", "keep_or_skip", "quick"), tuple(ENGINES)
 SHAPES = {
     "SmolLM2-135M": ModelShape(576, 1536, 30, 9, 3, 64, 49_152, tie_word_embeddings=True),
     "Llama-3.3-70B": ModelShape(8192, 28_672, 80, 64, 8, 128, 128_256),
@@ -68,8 +69,12 @@ def test_shipped_recipes_give_legal_candidates(name: str, target: str, shape: Mo
                 assert shape.num_attention_heads % spec.attention.kv_heads == 0
             if layer == 0:
                 assert spec.attention.kind == "kv"
-            if target == "vllm":
+            if target in ("vllm", "sglang", "exllamav3"):
                 assert "linear" not in (spec.attention.kind, spec.ffn.kind)
+            if target == "llamacpp":
+                assert spec.ffn.kind != "linear"
+            if target == "sglang":
+                assert spec.attention.kv_heads in (0, shape.num_key_value_heads)
 
 
 @pytest.mark.parametrize("name", ["default", "quick"])
@@ -77,6 +82,29 @@ def test_linear_candidates_appear_where_the_target_serves_them(name: str) -> Non
     candidates = texts(load_space(name, "transformers"), SHAPES["SmolLM2-135M"], 1)
     assert "attention:linear+ffn:linear" in candidates
     assert "attention:linear+ffn:linear" not in texts(load_space(name, "vllm"), SHAPES["SmolLM2-135M"], 1)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llamacpp", "mlx"])
+def test_a_target_that_needs_an_attention_in_layer_0_refuses_a_recipe_without(tmp_path: Path, target: str) -> None:
+    text = "attention: {skip: true}\nkeep_first_attention: false"
+    with pytest.raises(ConfigError, match=f"{target} needs an attention in layer 0"):
+        load_space(recipe(tmp_path, text), target)
+    for free in ("transformers", "trtllm", "exllamav3"):
+        space = load_space(recipe(tmp_path, text), free)
+        assert AttentionSpec("skip") in space.attention_candidates(SHAPES["SmolLM2-135M"], 0)
+
+
+def test_sglang_is_given_one_number_of_kv_heads(tmp_path: Path) -> None:
+    space = load_space("default", "sglang")
+    assert list(map(str, space.attention_candidates(SHAPES["Llama-3.3-70B"], 1))) == ["attention:kv8", "attention:skip"]
+    with pytest.raises(ConfigError, match="one number of KV heads"):
+        load_space(recipe(tmp_path, "attention: {kv_heads: [4]}"), "sglang")
+
+
+def test_linear_attention_alone_is_served_by_llama_cpp() -> None:
+    candidates = texts(load_space("default", "llamacpp"), SHAPES["SmolLM2-135M"], 1)
+    assert "attention:linear+ffn:768" in candidates
+    assert not any("ffn:linear" in text for text in candidates)
 
 
 def test_default_space_of_smollm2_is_this() -> None:

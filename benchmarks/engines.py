@@ -1,0 +1,157 @@
+"""Children in the programs that people serve them with, against transformers: greedy tokens, log-probs, KV-cache space.
+
+    python benchmarks/engines.py vllm --python /tmp/venvs/vllm/bin/python        children of SmolLM2-135M
+    python benchmarks/engines.py vllm --python ... --parent tiny                 random topologies of a tiny random parent
+
+The engine runs in an environment of its own (docs/export.md says how to make it), on the CPU, in fp32. Each child of
+benchmarks/engine_children.py that the engine serves is exported by `nas export` and must give the same 24 greedy tokens and
+log-probs within 2e-3 of transformers'; the others must be refused by `nas export`. Status 1 if one of them fails.
+
+The same file is the program that runs inside the engine's environment, so that it imports nothing of ours at the top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+LARGEST_DIFFERENCE = 2e-3  # nats
+GIB = 2**30
+ANSWER = "answer: "  # what begins the lines that are meant for us, among those that engines print
+
+
+Worker = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+def run_vllm(path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """Inside vLLM's environment: tokens, log-probs, and how many tokens fit a GiB of KV cache."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import vllm
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    model = LLM(path, dtype=asked["dtype"], enforce_eager=True, max_model_len=256, max_num_seqs=4, seed=0)
+    greedy = SamplingParams(temperature=0, max_tokens=len(asked["tokens"]), ignore_eos=True)
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    tokens = model.generate([TokensPrompt(prompt_token_ids=asked["prompt"])], greedy)[0].outputs[0].token_ids
+    entries = model.generate([TokensPrompt(prompt_token_ids=asked["text"])], scored)[0].prompt_logprobs
+    cache = model.llm_engine.vllm_config.cache_config
+    answer = {
+        "tokens": list(tokens),
+        "log_probs": [entry[token].logprob for entry, token in zip(entries[1:], asked["text"][1:], strict=True)],
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "block": cache.block_size,
+        "version": vllm.__version__,
+    }
+    del model
+    cleanup_dist_env_and_memory()
+    return answer
+
+
+WORKERS: dict[str, Worker] = {"vllm": run_vllm}
+
+
+def inside(engine: str, questions: Path) -> None:
+    """What the engine's own Python runs: answers as JSON lines, one child after the other."""
+    for asked in json.loads(questions.read_text()):
+        answer = WORKERS[engine](asked["path"], asked)
+        print(ANSWER + json.dumps(answer), flush=True)
+
+
+def compare(engine: str, python: Path, parent: str, work_dir: Path, only: str) -> bool:
+    """Prints a row a child; whether all are as they must be."""
+    from engine_children import REFERENCE, make_children
+
+    from blocks.engines import ENGINES
+    from blocks.errors import UnsupportedModelError
+    from nas.export import export_child, open_child
+    from nas.progress import Reporter
+
+    questions, good = [], True
+    for path in make_children(work_dir, parent):
+        if only not in path.name:
+            continue
+        out = work_dir / "exports" / engine / (f"{path.name}.gguf" if ENGINES[engine].gguf else path.name)
+        try:
+            export_child(open_child(path), engine, out, Reporter(quiet=True))
+        except UnsupportedModelError as error:
+            print(f"{path.name:<28} refused: {str(error).partition(': ')[2]}", flush=True)
+            continue
+        asked = json.loads((path / REFERENCE).read_text())
+        questions.append(asked | {"dtype": "float32", "path": str(out), "name": path.name})
+    print(f"{'child':<28}{'layers':>7}{'tokens':>8}{'largest |dlogp|':>17}{'KV tokens/GiB':>15}{'formula':>10}")
+    for asked, found in zip(questions, answers(engine, python, questions), strict=True):
+        good &= row(engine, asked, found)
+    return good
+
+
+def row(engine: str, asked: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Prints how a child did; whether it is as it must be."""
+    from nas.export import open_child
+
+    difference = max(abs(a - b) for a, b in zip(found["log_probs"], asked["log_probs"], strict=True))
+    same = sum(a == b for a, b in zip(found["tokens"], asked["tokens"], strict=True))
+    child = None if asked["path"].endswith(".gguf") else open_child(Path(asked["path"]))
+    fits, formula = kv_tokens_fit(child, found) if "kv_tokens" in found else (True, "")
+    fine = same == len(asked["tokens"]) and difference <= LARGEST_DIFFERENCE and fits
+    print(
+        f"{asked['name']:<28}{len(child.architecture) if child else '':>7}{same:>5}/{len(asked['tokens'])}{difference:>17.1e}"
+        f"{found.get('kv_tokens', ''):>15}{formula:>10}  {'as it must be' if fine else 'WRONG'} ({engine} {found['version']})",
+        flush=True,
+    )
+    return fine
+
+
+def kv_tokens_fit(child: Any, found: dict[str, Any]) -> tuple[bool, str]:
+    """Whether an engine's own count of tokens in a GiB is ours, but for one block of every layer."""
+    from nas.costs import CostModel, Scenario
+
+    costs = CostModel(child.shape, Scenario(batch=1, context=2, kv_dtype="float32"))
+    ours = GIB * 2 / sum(map(costs.layer_kv_bytes, child.architecture))
+    return abs(ours - found["kv_tokens"]) <= found["block"], f"{ours:,.0f}"
+
+
+def answers(engine: str, python: Path, questions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Runs the children in the engine's environment, one after the other. Raises CalledProcessError, its log on the terminal."""
+    with tempfile.TemporaryDirectory() as directory:
+        asked, log = Path(directory) / "questions.json", Path(directory) / "log"
+        asked.write_text(json.dumps(questions))
+        command = [str(python), str(Path(__file__).resolve()), "--inside", engine, str(asked)]
+        with (
+            log.open("w") as stderr,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as run,
+        ):
+            assert run.stdout is not None
+            for line in run.stdout:
+                if line.startswith(ANSWER):
+                    yield json.loads(line.removeprefix(ANSWER))
+        if run.returncode:
+            sys.stderr.write(log.read_text()[-8000:])
+            raise subprocess.CalledProcessError(run.returncode, command)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inside"]:
+        return inside(sys.argv[2], Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("engine", choices=sorted(WORKERS))
+    parser.add_argument("--python", type=Path, required=True, help="of the engine's environment")
+    parser.add_argument("--parent", default="smollm2")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "engine-children")
+    parser.add_argument("--only", default="", help="part of a child's name")
+    arguments = parser.parse_args()
+    good = compare(arguments.engine, arguments.python, arguments.parent, arguments.work, arguments.only)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

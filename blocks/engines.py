@@ -1,0 +1,226 @@
+"""What each serving engine makes of a child: facts as data, and a verdict on one child.
+
+    verdict(ENGINES["vllm"], shape, architecture)
+
+`ok`: loads as it is. `ok with ...`: loads after `nas export --to ENGINE`, which does what is named, exactly.
+`unsupported because ...`: no exact rewrite helps. The facts were read in the engines' sources or seen in their runs;
+docs/export.md says which.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from blocks.canonical import Change, Form, canonical, layers_of
+from blocks.errors import ConfigError
+from blocks.shape import ModelShape
+from blocks.spec import Architecture, AttentionSpec, FFNSpec
+
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one engine accepts. The names in print and in `--to`, `--engine` and `--target` are the keys of `ENGINES`.
+
+    Attributes:
+        title: its own name.
+        load: what to type.
+        linear_attention, linear_ffn: serves a matrix in the place of an attention, of an FFN.
+        linear_name: its word for that matrix, where it is not ours (`linear_attn`, `linear_mlp`).
+        first_attention: layer 0 must have an attention with a KV cache.
+        ffn_after_attention: a layer with an attention must have an FFN.
+        one_kv_count: all layers must have one number of KV heads.
+        attention_bias, mlp_bias: reads biases there.
+        qk_norm: normalises queries and keys (Qwen3).
+        free_head_dim: head_dim need not be hidden_size / num_attention_heads.
+        ropes: rotary embeddings it knows, as `rope_type`.
+        gguf: reads one GGUF file, not the directory.
+    """
+
+    title: str
+    load: str
+    linear_attention: bool = False
+    linear_ffn: bool = False
+    linear_name: str = ""
+    first_attention: bool = True
+    ffn_after_attention: bool = False
+    one_kv_count: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    free_head_dim: bool = True
+    ropes: tuple[str, ...] = ROPES
+    gguf: bool = False
+
+    def form(self, portable: bool = True) -> Form:
+        """The form in which this engine loads a child; `portable`: a layer's attention never stands alone."""
+        return Form(self.first_attention, self.ffn_after_attention or portable, self.one_kv_count)
+
+
+ENGINES = {
+    "vllm": Engine("vLLM", "vllm serve CHILD (with marquetry installed there, else --trust-remote-code)"),
+    "sglang": Engine(
+        "SGLang",
+        "python -m sglang.launch_server --model-path CHILD --trust-remote-code",
+        one_kv_count=True,
+        mlp_bias=False,
+    ),
+    "trtllm": Engine(
+        "TensorRT-LLM",
+        "trtllm-serve CHILD --trust_remote_code",
+        linear_attention=True,
+        linear_ffn=True,
+        first_attention=False,
+        attention_bias=False,
+        mlp_bias=False,
+    ),
+    "llamacpp": Engine(
+        "llama.cpp",
+        "llama-server -m CHILD.gguf",
+        linear_attention=True,
+        ffn_after_attention=True,
+        ropes=("default", "linear", "yarn", "llama3"),
+        gguf=True,
+    ),
+    "mlx": Engine(
+        "mlx-lm",
+        "mlx_lm.generate --model CHILD",
+        linear_attention=True,
+        linear_ffn=True,
+        linear_name="linear",
+        free_head_dim=False,
+        ropes=("default", "linear", "llama3", "yarn", "longrope"),
+    ),
+    "exllamav3": Engine("ExLlamaV3", "convert.py -i CHILD -o ...", first_attention=False),
+    "transformers": Engine(
+        "transformers",
+        "AutoModelForCausalLM.from_pretrained(CHILD, trust_remote_code=True)",
+        linear_attention=True,
+        linear_ffn=True,
+        first_attention=False,
+        qk_norm=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an engine makes of a child.
+
+    Attributes:
+        engine: a key of `ENGINES`.
+        because: why it cannot serve the child; empty if it can.
+        changes: what `nas export` has to do first; empty if the child loads as it is.
+    """
+
+    engine: str
+    because: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """ "ok", "ok with" or "unsupported"."""
+        return "unsupported" if self.because else "ok with" if self.changes else "ok"
+
+    def text(self, weight_bytes: int) -> str:
+        """The verdict in words, with what the changes cost in bytes. `weight_bytes`: of one weight on disk."""
+        if self.because:
+            return f"unsupported because {'; '.join(self.because)}"
+        if self.changes:
+            return f"ok with {'; '.join(priced(change, weight_bytes) for change in self.changes)}"
+        return "ok"
+
+    def to_json(self, weight_bytes: int) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "because": list(self.because),
+            "changes": changes_json(self.changes, weight_bytes),
+            "load": ENGINES[self.engine].load,
+        }
+
+
+def engine_of(name: str, option: str) -> Engine:
+    """An engine by its name. Raises ConfigError that offers the nearest one."""
+    if name not in ENGINES:
+        close = difflib.get_close_matches(name, list(ENGINES), n=1)
+        nearest = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"{option} {name}: not known{nearest}; known: {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def verdict(
+    name: str,
+    shape: ModelShape,
+    architecture: Architecture,
+    rope: str = "default",
+    linear_name: str = "",
+    written: bool = False,
+) -> Verdict:
+    """What an engine makes of a child as it lies on disk.
+
+    Args:
+        name: a key of `ENGINES`.
+        rope: the child's `rope_type`.
+        linear_name: the word that its linear replacements are stored under, "" for ours.
+        written: whether a GGUF file of it stands beside the directory.
+    """
+    engine = ENGINES[name]
+    if because := unsupported(engine, shape, architecture, rope):
+        return Verdict(name, tuple(because))
+    linear = any("linear" in (layer.attention.kind, layer.ffn.kind) for layer in architecture)
+    changes = list(canonical(shape, architecture, engine.form(portable=False)).changes)
+    # Empty layers and bare neighbours load where nothing else is asked for: `nas export` tidies them, but need not.
+    if not engine.ffn_after_attention:
+        changes = [change for change in changes if change.parameters > 0]
+    if linear and engine.linear_name != linear_name:
+        changes.append(_renamed(engine))
+    if engine.gguf and not written:
+        changes.append(Change("a GGUF file"))
+    return Verdict(name, (), tuple(changes))
+
+
+def unsupported(engine: Engine, shape: ModelShape, architecture: Architecture, rope: str = "default") -> list[str]:
+    """What no exact rewrite can mend, in words."""
+
+    def where(kind: AttentionSpec | FFNSpec) -> str:
+        return layers_of([i for i, layer in enumerate(architecture) if kind in (layer.attention, layer.ffn)])
+
+    linear_attention, linear_ffn = AttentionSpec("linear"), FFNSpec("linear")
+    reasons = []
+    if not engine.linear_attention and any(layer.attention == linear_attention for layer in architecture):
+        reasons.append(f"it knows no linear attention ({where(linear_attention)})")
+    if not engine.linear_ffn and any(layer.ffn == linear_ffn for layer in architecture):
+        reasons.append(f"it knows no linear FFN ({where(linear_ffn)})")
+    if shape.qk_norm and not engine.qk_norm:
+        reasons.append("it knows no query and key norms in this form")
+    if (shape.qkv_bias or shape.o_bias) and not engine.attention_bias:
+        reasons.append("it drops the biases of attentions")
+    if shape.mlp_bias and not engine.mlp_bias:
+        reasons.append("it drops the biases of FFNs")
+    if engine.linear_name and shape.o_bias and any(layer.attention == linear_attention for layer in architecture):
+        reasons.append("its linear attention has a bias where attentions have one")
+    if not engine.free_head_dim and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        reasons.append(f"it takes head_dim to be hidden_size / num_attention_heads, not {shape.head_dim}")
+    if rope not in engine.ropes:
+        reasons.append(f"it knows no rotary embedding of type {rope} in this form")
+    return reasons
+
+
+def changes_json(changes: Iterable[Change], weight_bytes: int) -> list[dict[str, Any]]:
+    """Changes for machines: `text`, `bytes` of weights more, `kv_values` more a token."""
+    return [{"text": c.text, "bytes": c.parameters * weight_bytes, "kv_values": c.kv_values} for c in changes]
+
+
+def priced(change: Change, weight_bytes: int) -> str:
+    """A change with what it costs: "... (+0.9 MB, +128 values a token in the KV cache)"."""
+    cost = [f"{change.parameters * weight_bytes / 1e6:+,.2f} MB"] if change.parameters else []
+    cost += [f"{change.kv_values:+,} values a token in the KV cache"] if change.kv_values else []
+    return f"{change.text} ({', '.join(cost)})" if cost else change.text
+
+
+def _renamed(engine: Engine) -> Change:
+    return Change(f"linear replacements under the name {engine.linear_name or 'linear_attn and linear_mlp'}")

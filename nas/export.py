@@ -1,0 +1,267 @@
+"""`nas export` and `nas check`: a child in the form that one engine loads, and what every engine makes of one.
+
+    child = open_child(Path("runs/default"))             # its healed/, else its child/
+    verdicts(child)["vllm"].text(child.weight_bytes)     # "ok", "ok with ...", "unsupported because ..."
+    export_child(child, "sglang", Path("out"))
+
+`open_child` is strict: a tensor that is missing, left over, of another shape or dtype, or a config.json that contradicts
+itself or comes from a newer version, is an error of one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blocks.canonical import Change, Rewrite, canonical
+from blocks.child.layout import expected_tensors, read_architecture, read_config
+from blocks.engines import ENGINES, Verdict, changes_json, engine_of, unsupported, verdict
+from blocks.errors import CheckpointError, ConfigError, UnsupportedModelError
+from blocks.families import CHILD_TYPE
+from blocks.files import remove_directory
+from blocks.shape import ModelShape
+from blocks.spec import Architecture
+from blocks.weights import WeightStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nas.progress import Reporter
+
+OURS = {"self_attn.linear_attn.": "self_attn.linear.", "mlp.linear_mlp.": "mlp.linear."}  # and mlx-lm's names
+STANDS_FOR_NEWER = ("rope_theta", "torch_dtype")  # what transformers 4 and mlx-lm read of config.json
+NEEDED = (*STANDS_FOR_NEWER, "num_key_value_heads", "intermediate_size", "head_dim", "tie_word_embeddings")
+
+
+@dataclass(frozen=True)
+class Child:
+    """A child on disk whose files have been checked.
+
+    Attributes:
+        path: its directory.
+        content: of its config.json.
+        shape, architecture: as built.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    shape: ModelShape
+    architecture: Architecture
+
+    @cached_property
+    def store(self) -> WeightStore:
+        return WeightStore(self.path)
+
+    @cached_property
+    def linear_name(self) -> str:
+        """What its linear replacements are stored under: "" for our names, "linear" for mlx-lm's."""
+        return "linear" if any(name.endswith((".linear.weight",)) for name in self.store.shapes) else ""
+
+    @property
+    def rope(self) -> str:
+        """`rope_type`, whichever way config.json spells it."""
+        rope = self.content.get("rope_parameters") or self.content.get("rope_scaling") or {}
+        return str(rope.get("rope_type") or rope.get("type") or "default")
+
+    @property
+    def dtype(self) -> str:
+        return str(self.store.dtype).removeprefix("torch.")
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.store.dtype.itemsize
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by our name."""
+        return self.store.get(_renamed(name) if self.linear_name else name)
+
+
+def find_child(path: Path) -> Path:
+    """The directory of a child: `path` itself, or of a run its healed/, else its child/. Raises ConfigError if none."""
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; give the child's directory, or a run")
+    for place in (path, path / "healed", path / "child"):
+        if (place / "config.json").is_file():
+            return place
+    raise ConfigError(f"{path} is no child and no run with one (no config.json, healed/ or child/); see `nas search`")
+
+
+def open_child(path: Path) -> Child:
+    """Opens and checks a child, or a run's.
+
+    Raises:
+        ConfigError: if there is none.
+        CheckpointError: naming what is missing, left over, of another shape or dtype, or newer than this version.
+    """
+    place = find_child(path)
+    content = read_config(place)
+    child = Child(place, content, *read_architecture(place))
+    expected = expected_tensors(child.shape, child.architecture)
+    if child.linear_name:
+        expected = {_renamed(name): size for name, size in expected.items()}
+    child.store.check(expected, only=True)
+    _check_dtypes(child, expected)
+    _check_config(child)
+    return child
+
+
+def _check_dtypes(child: Child, names: Mapping[str, Any]) -> None:
+    stored = {name: str(child.store.get(name).dtype).removeprefix("torch.") for name in names}
+    said = child.content.get("dtype") or child.content.get("torch_dtype") or child.dtype
+    if wrong := [f"{name} {dtype}" for name, dtype in stored.items() if dtype != said]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{child.path}: config.json says {said}, but {wrong[0]}{more} is stored; write the child again"
+        )
+
+
+def _check_config(child: Child) -> None:
+    """Older and newer spellings of one fact must agree: each engine reads one of them."""
+    content, where = child.content, child.path / "config.json"
+    rope = content.get("rope_parameters") or {}
+    pairs = (("rope_theta", content.get("rope_theta"), rope.get("rope_theta")),)
+    pairs += (("torch_dtype", content.get("torch_dtype"), content.get("dtype")),)  # type: ignore[assignment]
+    for name, old, new in pairs:
+        if None not in (old, new) and old != new:
+            raise CheckpointError(f"{where} contradicts itself: {name} is {old}, its newer spelling says {new}")
+    for name, largest in (
+        ("num_key_value_heads", max(layer.attention.kv_heads for layer in child.architecture)),
+        ("intermediate_size", max(layer.ffn.width for layer in child.architecture)),
+    ):
+        if isinstance(content.get(name), int) and content[name] < largest:
+            raise CheckpointError(
+                f"{where} contradicts itself: {name} is {content[name]}, but a layer has {largest}; write the child again"
+            )
+
+
+def lacks(child: Child) -> list[str]:
+    """What engines read of config.json that this one leaves out, as published ones do."""
+    from blocks.child.configuration_decilm import ATTENTION_KEYS, FFN_KEYS
+
+    found = [name for name in NEEDED if not isinstance(child.content.get(name), (int, float, str))]
+    blocks = child.content["block_configs"]
+    for part, keys in (("attention", ATTENTION_KEYS), ("ffn", FFN_KEYS)):
+        found += sorted({f"{part}.{key}" for block in blocks for key in keys - block[part].keys()})
+    return found
+
+
+def verdicts(child: Child, written: bool = False) -> dict[str, Verdict]:
+    """What each engine makes of a child as it lies there. `written`: a GGUF file of it has just been written."""
+    missing, found = lacks(child), {}
+    for name in ENGINES:
+        found[name] = verdict(name, child.shape, child.architecture, child.rope, child.linear_name, written)
+        if missing and not found[name].because:
+            note = Change(f"config.json completed by {', '.join(missing)}")
+            found[name] = Verdict(name, (), (note, *found[name].changes))
+    return found
+
+
+def plan_export(child: Child, to: str, portable: bool = True) -> Rewrite:
+    """What `nas export` would do. Raises UnsupportedModelError, saying why, if the engine cannot serve the child."""
+    engine = engine_of(to, "--to")
+    if because := unsupported(engine, child.shape, child.architecture, child.rope):
+        raise UnsupportedModelError(f"{engine.title} cannot serve {child.path}: {'; '.join(because)}")
+    return canonical(child.shape, child.architecture, engine.form(portable))
+
+
+def export_child(child: Child, to: str, out: Path, reporter: Reporter, portable: bool = True) -> dict[str, Any]:
+    """Writes a child in the form that an engine loads, whole or not at all, and says what every engine makes of it.
+
+    Args:
+        child: from `open_child`.
+        to: a key of `ENGINES`.
+        out: a directory to write, or for llama.cpp a .gguf file. An earlier child there is replaced.
+        portable: an attention never stands alone in its layer, which llama.cpp would drop.
+
+    Raises:
+        UnsupportedModelError: saying why, if the engine cannot serve the child.
+        ConfigError: if something else than a child stands at `out`.
+    """
+    rewrite, engine = plan_export(child, to, portable), ENGINES[to]
+    _check_target(child, out, engine.gguf)
+    directory = out.with_name(f".{out.name}.hf") if engine.gguf else out
+    names = len(expected_tensors(rewrite.shape, rewrite.architecture))
+    try:
+        with reporter.task(f"Writing {out}", names) as advance:
+            _write(child, rewrite, directory, engine.linear_name, advance)
+        if engine.gguf:
+            from blocks.gguf_export import write_gguf
+
+            write_gguf(directory, out)
+        after = verdicts(open_child(directory), written=engine.gguf)
+    finally:
+        if engine.gguf and directory.exists():
+            remove_directory(directory)
+    more = sum(change.parameters for change in rewrite.changes)
+    return {
+        "child": str(child.path),
+        "to": to,
+        "out": str(out),
+        "load": engine.load.replace("CHILD.gguf", str(out)).replace("CHILD", str(out)),
+        "layers": {"before": len(child.architecture), "after": len(rewrite.architecture)},
+        "changes": changes_json(rewrite.changes, child.weight_bytes),
+        "added_bytes": more * child.weight_bytes,
+        "added_kv_values": sum(change.kv_values for change in rewrite.changes),
+        "engines": {name: found.to_json(child.weight_bytes) for name, found in after.items()},
+    }
+
+
+def _write(child: Child, rewrite: Rewrite, out: Path, linear_name: str, advance: Callable[[], None]) -> None:
+    from blocks.checkpoint import write_child
+
+    def counted() -> Iterator[tuple[str, Tensor]]:
+        for pair in rewrite.tensors(child.read):
+            yield pair
+            advance()
+
+    # Any description of the right sizes: `write_child` takes all else from it and writes the blocks anew.
+    config = dict(child.content)
+    config |= {
+        "num_hidden_layers": len(rewrite.architecture),
+        "block_configs": [_any_block(child)] * len(rewrite.architecture),
+        "num_key_value_heads": rewrite.shape.num_key_value_heads,
+        "intermediate_size": rewrite.shape.intermediate_size,
+    }
+    rename = _renamed if linear_name else str
+    write_child(out, child.path, rewrite.architecture, counted(), child.dtype, config=config, rename=rename)
+
+
+def _any_block(child: Child) -> Any:
+    from blocks.child.configuration_decilm import block_config
+    from blocks.shape import ffn_mult
+
+    heads = child.shape.num_attention_heads // child.shape.num_key_value_heads
+    return block_config(heads, ffn_mult(child.shape.intermediate_size, child.shape.hidden_size))
+
+
+def _renamed(name: str) -> str:
+    for ours, theirs in OURS.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _check_target(child: Child, out: Path, gguf: bool) -> None:
+    if out.resolve() in (child.path.resolve(), *child.path.resolve().parents):
+        raise ConfigError(f"--out {out} holds the child itself; give another place")
+    if gguf:
+        if out.is_dir() or out.suffix != ".gguf":
+            raise ConfigError(f"--out {out}: llama.cpp reads one file; give a name that ends in .gguf")
+        return
+    if out.exists() and not _is_child(out):
+        raise ConfigError(f"--out {out} is there already and no child; give another place, or remove it")
+
+
+def _is_child(path: Path) -> bool:
+    try:
+        return read_config(path).get("model_type") == CHILD_TYPE
+    except CheckpointError:
+        return False
+
+
+def default_out(path: Path, child: Child, to: str) -> Path:
+    """Where an export goes: of a run RUN/export/ENGINE, of a directory beside it, NAME-ENGINE."""
+    place = path / "export" / to if child.path != path else path.resolve().with_name(f"{path.resolve().name}-{to}")
+    return place.with_name(f"{place.name}.gguf") if ENGINES[to].gguf else place
