@@ -48,6 +48,9 @@ def run_fuse(
     if replace and result["runs"]:
         replace_child(run, parent, result)
         reporter.say(f"{run.path('child')} is the fused child now, {run.path(UNFUSED)} the one before")
+    elif replace and "unfused" in run.read("architecture.json", "search"):
+        restore_child(run)
+        reporter.say(f"{run.path('child')} is the child before fusion again")
     return result
 
 
@@ -111,6 +114,15 @@ def replace_child(run: Run, parent: Parent, result: dict[str, Any]) -> None:
         "unfused": before,
     }
     save_json(run.path("architecture.json"), after)
+
+
+def restore_child(run: Run) -> None:
+    """Takes a replacement back: the unfused child, and what the search wrote of it. May be cut off anywhere, as the other."""
+    if (source := unfused_child(run)) != run.path("child"):
+        if run.has("child"):
+            remove_directory(run.path("child"))
+        source.rename(run.path("child"))
+    save_json(run.path("architecture.json"), unfused(run))
 
 
 def _cost(parent: Parent, before: dict[str, Any], architecture: Architecture) -> tuple[dict[str, Any], list[str]]:

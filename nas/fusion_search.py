@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks.fuse import Run, dependency_matrix, ffn_stretches, fused_architecture, fused_layers, span
+from blocks.fuse import Run, dependency_matrix, ffn_stretches, fused_layers, span
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
 from nas.clock import MS, Times
@@ -292,20 +292,19 @@ class Chooser:
 
     def _tell_the_rest(self) -> None:
         for run, row in self.rows.items():
-            larger = [other for other in self.child.kept if set(run) < set(other)]
-            if larger:
+            meets = [other for other in self.child.kept if set(other) & set(run)]
+            if row.why and run in self.child.kept:
+                continue
+            if larger := [other for other in meets if set(run) <= set(other)]:
                 self.rows[run] = replace(row, why=f"within {span(larger[0])}, which was kept")
             elif not row.why:
-                meets = [other for other in self.child.kept if set(other) & set(run)]
-                slower = self.saved_ns(run) <= 0
-                why = "no faster" if slower or not meets else f"shares layers with {span(meets[0])}, which was kept"
+                around = [span(other) for other in meets if set(other) < set(run)]
+                faster = f"no faster than {' and '.join(around)}, which was kept" if around else "no faster"
+                crossing = next((span(other) for other in meets if not set(other) < set(run)), None)
+                why = f"shares layers with {crossing}, which was kept" if crossing else faster
                 self.rows[run] = replace(row, why=why)
 
 
 def fused_runs(rows: Iterable[Row]) -> list[Run]:
     """The runs that were kept, in the order of layers."""
     return sorted(row.run for row in rows if row.kept)
-
-
-def architecture_with(architecture: Architecture, rows: Iterable[Row]) -> Architecture:
-    return fused_architecture(architecture, fused_runs(rows))

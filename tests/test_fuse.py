@@ -535,13 +535,20 @@ def test_the_search_knows_its_own_child_after_fusion(world: World, tmp_path: Pat
     assert "done already" in again.err and json.loads((run / "architecture.json").read_text()) == replaced
 
 
-def test_a_tight_limit_fuses_nothing_and_says_why(searched: Path, tmp_path: Path) -> None:
+def test_a_tight_limit_fuses_nothing_and_takes_a_replacement_back(searched: Path, tmp_path: Path) -> None:
     run = copy(searched, tmp_path)
-    succeed("fuse", "--run", run, *FUSE)
-    tight = succeed("fuse", "--run", run, "--max-kl", "0", "--clock", "H100", "--replace")
-    if "nothing was fused" in tight.out:
-        assert not (run / "fused").exists() and "more than 0" in " ".join(tight.out.split())
-    assert read_architecture(run / "child")[1].to_list()[1] == "attention:skip+ffn:768"
+    before = contents(run)
+    found = succeed("fuse", "--run", run, *FUSE, "--replace", "--json").json
+    least = found["kl"]["after"] - found["kl"]["before"]
+    assert least > 0  # else no limit forbids it, and this test says nothing
+    tight = succeed("fuse", "--run", run, "--max-kl", least / 2, "--clock", "H100", "--replace")
+    assert "nothing was fused" in tight.out and f"would add {least:.4f} nats, more than" in tight.out
+    after = contents(run)
+    assert {name for name in after.keys() ^ before.keys()} == {"fusion.json"}
+    assert {name: content for name, content in after.items() if name != "architecture.json" and name in before} == {
+        name: content for name, content in before.items() if name != "architecture.json"
+    }
+    assert json.loads(after["architecture.json"]) == json.loads(before["architecture.json"])
 
 
 def test_fuse_any_child(searched: Path, world: World, tmp_path: Path) -> None:
