@@ -20,6 +20,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -53,6 +54,15 @@ TINY = {
     "tie_word_embeddings": False,
 }
 TINY_CHILDREN = 4
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+TINY_PARENTS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "tiny-biases": {"attention_bias": True, "mlp_bias": True},
+    "tiny-rope-tied": {
+        "tie_word_embeddings": True,
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64},
+    },
+}
 
 
 def make_children(out_dir: Path, parent: str = "smollm2") -> list[Path]:
@@ -63,17 +73,25 @@ def make_children(out_dir: Path, parent: str = "smollm2") -> list[Path]:
         parent: "smollm2", "tiny" (random weights, byte tokenizer), or any name that `open_parent` takes.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    name = str(_tiny_parent(out_dir / "tiny-parent")) if parent == "tiny" else parent
-    opened = open_parent(name)
-    tag = "tiny" if parent == "tiny" else Path(parent).name
     found = []
-    for child, layers in architectures(opened.shape, tiny=parent == "tiny").items():
-        path = out_dir / f"{tag}-{child}"
-        if not (path / REFERENCE).is_file():
-            write_child(path, opened.path, Architecture.from_list(layers), _cut(opened, layers), "float32")
-            (path / REFERENCE).write_text(json.dumps(reference(path, opened, layers), indent=1) + "\n")
-        found.append(path)
+    for tag, opened in _parents(out_dir, parent).items():
+        made = architectures(opened.shape, tiny=parent == "tiny")
+        for child, layers in made.items() if tag in ("tiny", Path(parent).name) else [("random-0", made["random-0"])]:
+            path = out_dir / f"{tag}-{child}"
+            if not (path / REFERENCE).is_file():
+                write_child(path, opened.path, Architecture.from_list(layers), _cut(opened, layers), "float32")
+                (path / REFERENCE).write_text(json.dumps(reference(path, opened, layers), indent=1) + "\n")
+            found.append(path)
     return found
+
+
+def _parents(out_dir: Path, name: str) -> dict[str, Parent]:
+    if name != "tiny":
+        return {Path(name).name: open_parent(name)}
+    return {
+        tag: open_parent(str(_tiny_parent(out_dir / f"{tag}-parent", overrides)))
+        for tag, overrides in TINY_PARENTS.items()
+    }
 
 
 def architectures(shape: ModelShape, tiny: bool = False) -> dict[str, list[str]]:
@@ -81,7 +99,8 @@ def architectures(shape: ModelShape, tiny: bool = False) -> dict[str, list[str]]
     n, heads, width = shape.num_hidden_layers, shape.num_key_value_heads, shape.intermediate_size
     full, half = f"attention:kv{heads}+ffn:{width}", f"attention:kv1+ffn:{width // 2 // 256 * 256}"
     if tiny:
-        return {f"random-{seed}": _random(shape, seed, linear=seed % 2 == 1) for seed in range(TINY_CHILDREN)}
+        drawn = {f"random-{seed}": _random(shape, seed, linear=seed % 2 == 1) for seed in range(TINY_CHILDREN)}
+        return drawn | {"ffn-first": [f"attention:skip+ffn:{width}", *drawn["random-2"][1:]]}
 
     def changed(**at: str) -> list[str]:
         return [at.get(f"l{layer}", full) for layer in range(n)]
@@ -110,6 +129,9 @@ def architectures(shape: ModelShape, tiny: bool = False) -> dict[str, list[str]]
         "linear-attention": changed(l6="attention:linear+ffn:768", l12=f"attention:linear+ffn:{width}", l18=half),
         "linear-ffn": changed(l6="attention:kv1+ffn:linear", l12=f"attention:kv{heads}+ffn:linear"),
         "linear-both": changed(l6="attention:linear+ffn:linear", l13="attention:skip+ffn:linear"),
+        "ffn-first": changed(
+            l0=f"attention:skip+ffn:{width}"
+        ),  # only repaired: a search keeps the attention of layer 0
         "random-0": _random(shape, 0, linear=False),
         "random-1": _random(shape, 1, linear=True),
     }
@@ -169,10 +191,12 @@ def _cut_ffn(
     stacked = [layer(index + more, torch.float32) for more in range(-(-spec.ffn.width // shape.intermediate_size))]
     down = torch.cat([part["mlp.down_proj.weight"] for part in stacked], 1) / len(stacked)
     rows = {
-        f"mlp.{name}.weight": torch.cat([part[f"mlp.{name}.weight"] for part in stacked])[: spec.ffn.width]
-        for name in ("gate_proj", "up_proj")
+        name: torch.cat([part[name] for part in stacked])[: spec.ffn.width]
+        for name in own
+        if name.startswith(("mlp.gate_proj.", "mlp.up_proj."))
     }
-    return norm | rows | {"mlp.down_proj.weight": down[:, : spec.ffn.width]}
+    bias = {name: tensor for name, tensor in own.items() if name == "mlp.down_proj.bias"}
+    return norm | rows | bias | {"mlp.down_proj.weight": down[:, : spec.ffn.width]}
 
 
 def reference(path: Path, parent: Parent, layers: list[str]) -> dict[str, object]:
@@ -199,8 +223,8 @@ def reference(path: Path, parent: Parent, layers: list[str]) -> dict[str, object
     }
 
 
-def _tiny_parent(path: Path) -> Path:
-    """A random Llama with four query heads, large weights and a byte tokenizer."""
+def _tiny_parent(path: Path, overrides: dict[str, Any]) -> Path:
+    """A random Llama with four query heads, large weights, biases that are not zero and a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -211,7 +235,11 @@ def _tiny_parent(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(path)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | overrides)))
+    for tensor_name, parameter in model.named_parameters():
+        if tensor_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
     return path
