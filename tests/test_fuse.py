@@ -16,6 +16,7 @@ from tiny import tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from blocks.canonical import canonical
 from blocks.checkpoint import load_child, read_architecture, write_child
 from blocks.errors import ConfigError
 from blocks.fuse import (
@@ -229,6 +230,14 @@ def test_the_cost_model_counts_what_is_on_disk(tmp_path: Path, overrides: dict[s
     path, architecture = child_of(tmp_path / "fused", parent, LAYERS, [(1, 2, 3), (4, 5)])
     on_disk = sum(torch.Size(size).numel() for size in WeightStore(path).shapes.values())
     assert CostModel(open_parent(str(parent)).shape, Scenario()).cost(architecture).parameters == on_disk
+
+
+def test_the_emptied_layers_fall_away_in_the_canonical_topology() -> None:
+    shape = ModelShape(64, 512, 8, 4, 2, 16, 272)
+    fused = fused_architecture(Architecture.from_list(LAYERS), [(1, 2, 3), (4, 5)])
+    rewritten = canonical(shape, fused)
+    assert rewritten.architecture.to_list() == [KEPT, "attention:skip+ffn:1280", "attention:skip+ffn:1024", KEPT, KEPT]
+    assert shape.parameters(rewritten.architecture) == shape.parameters(fused)
 
 
 # ---- dependencies
