@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from blocks.child.configuration_decilm import DeciLMConfig
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_decilm.DeciLMConfig",
+    "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+}
 FORMAT = 1  # of `marquetry_format` in config.json: raised when an older reader would misread a newer child
 COPIED_FIELDS = (
     "vocab_size",
@@ -134,10 +138,19 @@ def child_config(
         dtype=dtype,
         marquetry_format=FORMAT,
     )
-    config.auto_map = {
-        "AutoConfig": "configuration_decilm.DeciLMConfig",
-        "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
-    }
+    config.auto_map = dict(AUTO_MAP)
+    return config
+
+
+def published_config(content: Mapping[str, Any]) -> DeciLMConfig:
+    """The configuration of a published child, with our model code named in it.
+
+    Raises:
+        CheckpointError: if it is not a child, or uses what our model code lacks.
+    """
+    config = _parse(content, "the configuration")
+    config.auto_map, config.architectures = dict(AUTO_MAP), ["DeciLMForCausalLM"]
+    config.marquetry_format = FORMAT
     return config
 
 

@@ -13,11 +13,15 @@ nas show --run runs/8b --json"""
 
 def show(run: RunOption = DEFAULT_RUN, as_json: JsonOption = False) -> None:
     """Print a run: candidates, scores, architecture map, budget, results, and where everything lies."""
+    from nas.commands.import_ import show_import
     from nas.commands.search import show_search
+    from nas.importing import read_import
     from nas.table_search import read_table_run
 
     if (found := read_table_run(run)) is not None:  # of a score table alone: there is no parent to open
         return emit({"run": str(run), "architecture": found}, True) if as_json else show_search(found, run, False)
+    if (imported := read_import(run)) is not None:
+        return show_import(imported, run, as_json)
     opened_run, parent = open_run_and_parent(run)
     if as_json:
         made = {"scores": "score.json", "architecture": "architecture.json", "results": "results.json"}
