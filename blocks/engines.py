@@ -38,6 +38,7 @@ class Engine:
         qk_norm: normalises queries and keys (Qwen3).
         free_head_dim: head_dim need not be hidden_size / num_attention_heads.
         ropes: rotary embeddings it knows, as `rope_type`.
+        every_key: fails on a block of `block_configs` that leaves out a key.
         gguf: reads one GGUF file, not the directory.
     """
 
@@ -54,6 +55,7 @@ class Engine:
     qk_norm: bool = False
     free_head_dim: bool = True
     ropes: tuple[str, ...] = ROPES
+    every_key: bool = False
     gguf: bool = False
 
     def form(self, portable: bool = True) -> Form:
@@ -77,6 +79,7 @@ ENGINES = {
         first_attention=False,
         attention_bias=False,
         mlp_bias=False,
+        every_key=True,
     ),
     "llamacpp": Engine(
         "llama.cpp",
@@ -131,7 +134,7 @@ class Verdict:
         if self.because:
             return f"unsupported because {'; '.join(self.because)}"
         if self.changes:
-            return f"ok with {'; '.join(priced(change, weight_bytes) for change in self.changes)}"
+            return "ok with " + "; ".join(in_words(**change) for change in changes_json(self.changes, weight_bytes))
         return "ok"
 
     def to_json(self, weight_bytes: int) -> dict[str, Any]:
@@ -215,11 +218,11 @@ def changes_json(changes: Iterable[Change], weight_bytes: int) -> list[dict[str,
     return [{"text": c.text, "bytes": c.parameters * weight_bytes, "kv_values": c.kv_values} for c in changes]
 
 
-def priced(change: Change, weight_bytes: int) -> str:
-    """A change with what it costs: "... (+0.9 MB, +128 values a token in the KV cache)"."""
-    cost = [f"{change.parameters * weight_bytes / 1e6:+,.2f} MB"] if change.parameters else []
-    cost += [f"{change.kv_values:+,} values a token in the KV cache"] if change.kv_values else []
-    return f"{change.text} ({', '.join(cost)})" if cost else change.text
+def in_words(text: str, bytes: int, kv_values: int) -> str:
+    """A change with what it costs: "... (+0.90 MB, +128 values a token in the KV cache)"."""
+    cost = [f"{bytes / 1e6:+,.2f} MB"] if bytes else []
+    cost += [f"{kv_values:+,} values a token in the KV cache"] if kv_values else []
+    return f"{text} ({', '.join(cost)})" if cost else text
 
 
 def _renamed(engine: Engine) -> Change:

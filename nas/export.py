@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from blocks.canonical import Change, Rewrite, canonical
 from blocks.child.layout import expected_tensors, read_architecture, read_config
-from blocks.engines import ENGINES, Verdict, changes_json, engine_of, unsupported, verdict
+from blocks.engines import ENGINES, Engine, Verdict, changes_json, engine_of, unsupported, verdict
 from blocks.errors import CheckpointError, ConfigError, UnsupportedModelError
 from blocks.families import CHILD_TYPE
 from blocks.files import remove_directory
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from nas.progress import Reporter
 
 OURS = {"self_attn.linear_attn.": "self_attn.linear.", "mlp.linear_mlp.": "mlp.linear."}  # and mlx-lm's names
-STANDS_FOR_NEWER = ("rope_theta", "torch_dtype")  # what transformers 4 and mlx-lm read of config.json
-NEEDED = (*STANDS_FOR_NEWER, "num_key_value_heads", "intermediate_size", "head_dim", "tie_word_embeddings")
+OLDER_SPELLINGS = ("rope_theta", "torch_dtype")  # what engines on transformers 4, and mlx-lm, read of config.json
 
 
 @dataclass(frozen=True)
@@ -137,23 +136,24 @@ def _check_config(child: Child) -> None:
             )
 
 
-def lacks(child: Child) -> list[str]:
-    """What engines read of config.json that this one leaves out, as published ones do."""
+def lacks(child: Child, engine: Engine) -> list[str]:
+    """What an engine reads of config.json that this one leaves out."""
     from blocks.child.configuration_decilm import ATTENTION_KEYS, FFN_KEYS
 
-    found = [name for name in NEEDED if not isinstance(child.content.get(name), (int, float, str))]
-    blocks = child.content["block_configs"]
-    for part, keys in (("attention", ATTENTION_KEYS), ("ffn", FFN_KEYS)):
-        found += sorted({f"{part}.{key}" for block in blocks for key in keys - block[part].keys()})
+    found = [name for name in OLDER_SPELLINGS if child.content.get(name) is None]
+    if engine.every_key:
+        for part, keys in (("attention", ATTENTION_KEYS), ("ffn", FFN_KEYS)):
+            absent = {key for block in child.content["block_configs"] for key in keys - block[part].keys()}
+            found += [f"{part}.{key}" for key in sorted(absent)]
     return found
 
 
 def verdicts(child: Child, written: bool = False) -> dict[str, Verdict]:
     """What each engine makes of a child as it lies there. `written`: a GGUF file of it has just been written."""
-    missing, found = lacks(child), {}
-    for name in ENGINES:
+    found = {}
+    for name, engine in ENGINES.items():
         found[name] = verdict(name, child.shape, child.architecture, child.rope, child.linear_name, written)
-        if missing and not found[name].because:
+        if not found[name].because and (missing := lacks(child, engine)):
             note = Change(f"config.json completed by {', '.join(missing)}")
             found[name] = Verdict(name, (), (note, *found[name].changes))
     return found

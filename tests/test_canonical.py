@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -191,6 +191,7 @@ def test_biases_norms_and_tied_heads_are_kept_exact(flags: dict[str, int]) -> No
     check_exact(layers, EVERY_FORM, replace(SHAPE, **flags))  # type: ignore[arg-type]
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_any_topology_in_any_form_is_exact(seed: int) -> None:
     draw = random.Random(seed)

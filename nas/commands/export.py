@@ -32,7 +32,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a child in the form that one engine loads, and say what every engine makes of it."""
-    from blocks.engines import ENGINES, engine_of
+    from blocks.engines import ENGINES, engine_of, in_words
     from blocks.errors import ConfigError
 
     engine = engine_of(to, "--to")
@@ -49,21 +49,17 @@ def export(
     before, after = made["layers"].values()
     typer.echo(f"{target} written: {after} layers" + (f" of {before}" if after != before else "") + ", the same logits")
     for change in made["changes"]:
-        typer.echo(f"  {change_text(change)}")
+        typer.echo(f"  {in_words(**change)}")
     print_verdicts(made["engines"])
     typer.echo(f"{ENGINES[to].title}: {made['load']}")
-
-
-def change_text(change: dict[str, Any]) -> str:
-    cost = [f"{change['bytes'] / 1e6:+,.2f} MB"] if change["bytes"] else []
-    cost += [f"{change['kv_values']:+,} values a token in the KV cache"] if change["kv_values"] else []
-    return change["text"] + (f" ({', '.join(cost)})" if cost else "")
 
 
 def print_verdicts(engines: dict[str, dict[str, Any]]) -> None:
     """The table of `nas export` and `nas check`."""
     from rich.console import Console
     from rich.table import Table
+
+    from blocks.engines import in_words
 
     table = Table(box=None, pad_edge=False)
     table.add_column("engine", no_wrap=True)
@@ -72,7 +68,7 @@ def print_verdicts(engines: dict[str, dict[str, Any]]) -> None:
     for name, found in engines.items():
         details = {
             "ok": "ok",
-            "ok with": "ok with " + "; ".join(map(change_text, found["changes"])),
+            "ok with": "ok with " + "; ".join(in_words(**change) for change in found["changes"]),
             "unsupported": "unsupported because " + "; ".join(found["because"]),
         }
         table.add_row(name, f"[{colours[found['status']]}]{details[found['status']]}[/]")
