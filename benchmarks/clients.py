@@ -153,7 +153,7 @@ def run_mlx(child: Path, reference: dict[str, Any]) -> Iterator[Row]:
     from mlx_lm.generate import generate_step
 
     mx.set_default_device(mx.cpu)
-    model, tokenizer = load(str(child))
+    model, tokenizer = load(str(child), tokenizer_config={"trust_remote_code": True})
     prompt, wanted, text = reference["prompt"], reference["tokens"], reference["text"]
     log_probs = nn.log_softmax(model(mx.array([text]))[0].astype(mx.float32), axis=-1)
     chosen = [log_probs[index, token].item() for index, token in enumerate(text[1:])]
