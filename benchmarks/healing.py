@@ -1,13 +1,11 @@
-"""How fast healing is and what limits it; how far recipes of healing bring one child.
+"""How fast healing is and what limits it; how much memory it takes.
 
     python benchmarks/healing.py speed                             # a GPU: SmolLM2-135M's shape, half its layers' weights
     python benchmarks/healing.py speed --parent smollm2 --plain    # another parent; transformers' forward beside it
-    python benchmarks/healing.py recipes --child runs/half/child --train train.npy --heldout heldout.npy \\
-        --recipe "default:" --recipe "muon: optimizer=muon,learning_rate=2e-3" --out recipes.json
+    python benchmarks/healing.py memory                            # two shapes, predicted and measured
 
 `speed` prints tokens/s and peak memory for each size of micro-batch, and for the fastest where a step's time goes: kernels by
-group, and whether the GPU waits for the CPU. `recipes` prints the held-out KL of each recipe at 1M, 5M, 9.4M and 18.9M
-tokens. Both take --small for a check on a CPU.
+group, and whether the GPU waits for the CPU. `memory` prints model FLOP utilisation, too. Both take --small for a check on a CPU.
 """
 
 from __future__ import annotations
@@ -15,12 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
-import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -36,13 +34,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import distill.loss
 import distill.models
 import distill.operations
-from blocks.checkpoint import expected_tensors, load_child, write_child
+from blocks.checkpoint import expected_tensors, load_child, read_architecture, write_child
 from blocks.parent import Parent, open_parent
 from blocks.shape import ModelShape
 from blocks.spec import Architecture
 from distill.config import DistillConfig
-from distill.evaluation import evaluate
-from distill.progress import HealResult, Progress
+from distill.memory import healing_memory, step_flops
+from distill.progress import Progress
 from distill.trainer import heal
 from nas.config import ON_GPU
 from nas.measure import load_parent_model
@@ -65,7 +63,6 @@ SMALL = SMOLLM2 | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-MARKS = (1_000_000, 5_000_000, 9_400_000, 18_900_000)
 WARM_UP, TIMED, PROFILED = 3, 6, 2
 GROUPS = (
     ("attention", r"flash|fmha|attention|sdpa"),
@@ -96,20 +93,13 @@ def main() -> None:
     speed.add_argument("--attention", nargs="+", choices=BACKENDS, default=["default"])
     speed.add_argument("--plain", action="store_true", help="also with transformers' forward and no fused kernel")
     speed.add_argument("--set", default="", help="key=value,... of the distill configuration")
-    recipes = commands.add_parser("recipes")
-    recipes.add_argument("--child", type=Path)
-    recipes.add_argument("--train", type=Path)
-    recipes.add_argument("--heldout", type=Path)
-    recipes.add_argument("--general", type=Path, help="a pack of other text, measured at the end")
-    recipes.add_argument("--recipe", action="append", required=True, help='"name: key=value,key=value"')
-    recipes.add_argument("--tokens", type=int, default=MARKS[-1])
-    recipes.add_argument("--work", type=Path, help="keeps the runs there, and goes on with those that are there")
-    for command in (speed, recipes):
+    memory = commands.add_parser("memory")
+    for command in (speed, memory):
         command.add_argument("--parent", default="random", help="as for nas; random: SmolLM2-135M's shape")
         command.add_argument("--small", action="store_true", help="tiny models: a check of this script")
         command.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    run = {"speed": run_speed, "recipes": run_recipes}[chosen.command]
+    run = {"speed": run_speed, "memory": run_memory}[chosen.command]
     with tempfile.TemporaryDirectory() as directory:
         result = run(chosen, Path(directory))
     if chosen.out:
@@ -236,7 +226,7 @@ def run_some(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     vocabulary = teacher.config.vocab_size  # type: ignore[union-attr]
-    pack = np.random.default_rng(0).integers(vocabulary, size=(512, setting.config.sequence_length), dtype=np.uint16)
+    pack = np.random.default_rng(0).integers(vocabulary, size=(512, setting.config.sequence_length), dtype=np.uint32)
     backend = BACKENDS[setting.attention]
     choice = nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH])
     with transformers_way() if setting.plain else nullcontext(), choice:
@@ -330,85 +320,69 @@ def peak_gb() -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
 
 
-# Recipes
+# Memory
 
 
-def run_recipes(chosen: argparse.Namespace, directory: Path) -> dict[str, Any]:
+LLAMA_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+MEMORY_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"micro_batch": 4},
+    {"micro_batch": 16},
+    {"micro_batch": 16, "optimizer": "adamw"},
+    {"micro_batch": 32, "checkpoint_activations": True},
+)
+
+
+def run_memory(chosen: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Peak memory as docs/memory.md foretells it and as it is, and what share of the GPU's peak FLOP/s a step reaches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parent = open_or_make(chosen.parent, chosen.small, directory)
-    teacher = load_parent_model(parent, device)
-    base = replace(base_config(chosen.small), tokens=8192 if chosen.small else chosen.tokens)
-    base = replace(base, eval_every=0, checkpoint_every=0, eval_tokens=0)
-    marks: Sequence[int] = [base.tokens // 8, base.tokens // 2] if chosen.small else MARKS
-    if chosen.small:
-        chosen.child = half_size(parent, teacher, directory / "child")
-        text = np.random.default_rng(0).integers(200, size=(300, 32), dtype=np.uint16)
-        packs = {"train": text[:256], "heldout": text[256:280], "general": text[280:]}
-    else:
-        names = [name for name in ("train", "heldout", "general") if getattr(chosen, name)]
-        packs = {name: np.load(getattr(chosen, name), mmap_mode="r") for name in names}
-    parsed = [(name.strip(), configured(base, text)) for name, _, text in (r.partition(":") for r in chosen.recipe)]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), math.nan)
+    shapes = {"tiny": SMALL} if chosen.small else {"SmolLM2-135M": SMOLLM2, "Llama-3.2-1B": LLAMA_1B}
+    print(f"{name}, torch {torch.__version__}\n")
+    print(
+        "| parent's shape | setting | predicted GB | measured GB | error | tokens/s | model FLOP utilisation |\n|"
+        + "---|" * 7
+    )
     rows = []
-    for name, config in parsed:
-        out_dir = (chosen.work or directory) / re.sub(r"\W+", "-", name)
-        row = {"recipe": name} | run_recipe(config, teacher, chosen.child, packs, out_dir, marks)
-        rows.append(row)
-        print_recipes(rows)
-        if not chosen.work:
-            shutil.rmtree(out_dir)
-    return {"parent": chosen.parent, "child": str(chosen.child), "tokens": base.tokens, "rows": rows}
-
-
-def run_recipe(
-    config: DistillConfig,
-    teacher: nn.Module,
-    child: Path,
-    packs: dict[str, np.ndarray],
-    out_dir: Path,
-    marks: Sequence[int],
-) -> dict[str, Any]:
-    steps = [min(config.steps, round(mark / config.step_tokens)) for mark in marks]
-    student = load_child(child)
-    result: HealResult = heal(config, teacher, student, packs["train"], packs["heldout"], out_dir, eval_at=steps)
-    evaluations = {
-        str(step * config.step_tokens): {"kl": e.kl, "kl_se": e.kl_se, "perplexity": e.student_perplexity}
-        for step, e in sorted(result.evaluations.items())
-    }
-    row: dict[str, Any] = {
-        "config": config.trajectory(),
-        "tokens_per_s": result.tokens_per_s,
-        "seconds": result.seconds,
-    }
-    row["evaluations"] = evaluations
-    if "general" in packs:
-        other = evaluate(
-            teacher,
-            student,
-            packs["general"],
-            sequence_length=config.sequence_length,
-            micro_batch=config.micro_batch,
-            chunk_tokens=config.chunk_tokens,
-            compute_dtype=config.compute_dtype,
-        )
-        row["general"] = {"kl": other.kl, "kl_se": other.kl_se, "perplexity": other.student_perplexity}
-    return row
-
-
-def print_recipes(rows: list[dict[str, Any]]) -> None:
-    """One column for each evaluation of the first recipe; recipes with other steps are read at the nearest one."""
-    columns = [int(tokens) for tokens in rows[0]["evaluations"]]
-    print("\n" + f"{'held-out KL at tokens':32s}" + "".join(f"{tokens:>16,d}" for tokens in columns) + "   tokens/s")
-    for row in rows:
-        cells = []
-        for tokens in columns:
-            nearest = min(row["evaluations"], key=lambda key, tokens=tokens: abs(int(key) - tokens))
-            found = row["evaluations"][nearest]
-            cells.append(f"{found['kl']:.4f} ± {found['kl_se'] or 0:.4f}")
-        print(f"{row['recipe']:32s}" + "".join(f"{cell:>16s}" for cell in cells) + f"{row['tokens_per_s']:11,.0f}")
-        if "general" in row:
+    for title, shape in shapes.items():
+        parent = random_parent(shape, directory / title, chosen.small)
+        teacher = load_parent_model(parent, device, torch.float32 if chosen.small else torch.bfloat16)
+        child = half_size(parent, teacher, directory / title / "child")
+        for settings in MEMORY_SETTINGS:
+            base = replace(base_config(chosen.small), tokens=10**9, eval_tokens=1, eval_every=0, checkpoint_every=0)
+            config = replace(base, **settings)
+            built = read_architecture(child)[1]
+            foretold = healing_memory(config, parent.shape, built, teacher_bytes=parent.dtype.itemsize).peak / 1e9
+            found = measure(Setting(config), teacher, child, directory)
+            used = step_flops(config, parent.shape, built) / (found["ms"] / 1000) / peak
+            text = ", ".join(f"{key} {value}" for key, value in settings.items())
+            rows.append({"shape": title, "setting": text, "predicted_gb": foretold, "mfu": used} | found)
             print(
-                f"{'  other text, best student':32s}{row['general']['kl']:16.4f}, perplexity {row['general']['perplexity']:.2f}"
+                f"| {title} | {text} | {foretold:.2f} | {found['peak_gb']:.2f} | {foretold / found['peak_gb'] - 1:+.1%} "
+                f"| {found['tokens_per_s']:,.0f} | {used:.1%} |",
+                flush=True,
             )
+        del teacher
+    return {"device": name, "torch": torch.__version__, "rows": rows}
+
+
+def random_parent(shape: dict[str, Any], path: Path, small: bool) -> Parent:
+    """A parent of random weights in bfloat16, made on the GPU if there is one: it takes seconds there."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.float32 if small else torch.bfloat16)
+    model.save_pretrained(path / "parent")
+    return open_parent(str(path / "parent"))
 
 
 if __name__ == "__main__":

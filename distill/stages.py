@@ -30,6 +30,8 @@ class Stage:
     config: DistillConfig
     train_pack: np.ndarray
     """[sequences, length] of token ids, possibly memory-mapped."""
+    eval_at: tuple[int, ...] = ()
+    """Steps to evaluate at, besides those of `config.eval_every`."""
 
 
 def stage_names(configs: Sequence[DistillConfig]) -> list[str]:
@@ -84,6 +86,7 @@ def heal_in_stages(
                 out_dir if alone else out_dir / name,
                 on_step=tell,
                 resume=resume,
+                eval_at=stage.eval_at,
                 other_texts=other_texts,
                 log=out_dir / "metrics.jsonl",
                 stage=None if alone else name,
