@@ -149,14 +149,8 @@ def make_children(chosen: argparse.Namespace, parent: Parent, device: torch.devi
 
 def general_pack(chosen: argparse.Namespace, parent: Parent) -> np.ndarray:
     """65,536 tokens of other text."""
-    length, tokens = (64, 1024) if chosen.small else (512, 65_536)
-    config = DataConfig(
-        chosen.general,
-        sequence_length=length,
-        heldout_tokens=tokens,
-        calibration_tokens=8 * length,
-        fit_tokens=8 * length,
-    )
+    small = {"sequence_length": 64, "fit_tokens": 4096, "calibration_tokens": 4096} if chosen.small else {}
+    config = DataConfig(chosen.general, heldout_tokens=4096 if chosen.small else 65_536, train_tokens=100_000, **small)
     packs = prepare_data(config, parent.tokenizer(), parent.shape.vocab_size, chosen.work / "general")
     return packs.pack("heldout")
 
