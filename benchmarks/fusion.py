@@ -1,7 +1,7 @@
 """What FFN fusion costs and what it wins: the tables of docs/fusion.md.
 
     python benchmarks/fusion.py --out build/fusion.json     a GPU of 100 GB or more: about three minutes
-    python benchmarks/fusion.py --small                     the CPU, tiny shapes and little text, to see that it runs
+    python benchmarks/fusion.py --small                     the CPU, little text, a tiny stack: some minutes, to see that it runs
     python benchmarks/fusion.py --only stack                one of the two parts: child, stack
 
 child: a child of SmolLM2-135M without attention in the `--window` neighbouring layers that miss it least (each scored
