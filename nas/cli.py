@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nas.commands import bench, check, distill, export, fuse, import_, report, score, search, show
+from nas.commands import bench, check, distill, eval, export, fuse, import_, report, score, search, show
 
 app = typer.Typer(
     name="nas",
@@ -23,6 +23,6 @@ Three steps, each going on from the last one's run directory:
 Then [bold]nas show[/bold] draws the run. Every command can be stopped and started again; what is done is not done twice.""",
 )
 
-for _module in (score, search, fuse, distill, export, check, import_, bench, show, report):
+for _module in (score, search, fuse, distill, export, check, eval, import_, bench, show, report):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name.rstrip("_"), epilog=_module.EXAMPLES)(getattr(_module, _name))

@@ -10,7 +10,8 @@ Keys of report.json: KL is in nats per token, a size in bytes unless it is named
     points      every child measured, the parent and the baselines among them, once each
     map         columns, parts (rows), the parts of each architecture, and the share of the parent's bytes that a part keeps
     scores      the score table by candidate and layer, with the chosen candidate of each layer
-    finalists   KL of each over healing tokens;  learning: held-out KL over healing tokens;  made: score.json
+    finalists   KL of each over healing tokens;  made: score.json;  eval: eval.json, without models that changed since
+    learning    held-out evaluations over healing tokens, with other_texts, training and stages (nas/report_metrics.py)
     notes       by figure, why it is left out
 """
 
@@ -23,7 +24,9 @@ from typing import Any
 
 from blocks.errors import CheckpointError
 from blocks.files import save_json, save_text
+from nas.eval_table import of_run
 from nas.report_layers import map_of, scores_of
+from nas.report_metrics import healing_of
 
 FORMAT = 1
 BASELINES = ("uniform", "depth-contiguous", "depth-score", "random")
@@ -73,10 +76,11 @@ def _report(directory: Path, found: dict[str, Any], made: dict[str, Any]) -> dic
         "map": map_of(found, models),
         "scores": scores_of(directory / "scores.csv", found),
         "finalists": found.get("finalists") or [],
-        "learning": _learning(directory / "distill" / "metrics.jsonl") if found and healing else [],
+        **healing_of(directory / "distill" / ("metrics.jsonl" if found and healing else "none")),
         "heldout_tokens": results.get("heldout_tokens") or (found.get("heldout") or {}).get("tokens"),
         "healing": results.get("healing"),
         "made": made or None,
+        "eval": of_run(directory, found.get("key")) if found else None,
     }
     return report | {"notes": _notes(report)}
 
@@ -219,23 +223,6 @@ def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[st
     return points
 
 
-# Healing
-
-
-def _learning(path: Path) -> list[dict[str, Any]]:
-    """Held-out evaluations of the healing: tokens, KL, its standard error, perplexity. A line cut off by a crash is left out."""
-    keys = {"step": "step", "tokens": "tokens", "kl": "kl", "kl_se": "kl_se", "perplexity": "student_perplexity"}
-    evaluations = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            values = json.loads(text)
-        except ValueError:
-            continue
-        if values.get("kind") == "eval" and values.get("kl") is not None:
-            evaluations.append({key: values.get(name) for key, name in keys.items()})
-    return evaluations
-
-
 def _notes(report: dict[str, Any]) -> dict[str, str]:
     """Which figures there is nothing for, and what would make them."""
     measured = [point for point in report["points"] if point["kl"] is not None and point["origin"] != "parent"]
@@ -251,5 +238,6 @@ def _notes(report: dict[str, Any]) -> dict[str, str]:
         "history": None if any(p["number"] is not None for p in measured) else f"No trials yet: {search}.",
         "finalists": None if report["finalists"] else "No finalists were healed: nas search --finalists K makes the last choice that way.",
         "learning": None if report["learning"] else "The child is not healed yet: run nas distill.",
+        "perplexity": None if any(e["perplexity"] is not None for e in report["learning"]) else "The child is not healed yet: run nas distill.",
     }  # fmt: skip
     return {name: note for name, note in notes.items() if note is not None}

@@ -1,4 +1,4 @@
-"""Charts of one model or a few: where the bytes go, finalists over healing tokens, and the learning curve of the healing."""
+"""Charts of one model or a few: where the bytes go, and finalists over healing tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from nas.report_svg import (
     element,
     join,
     line,
-    linear_scale,
     log_scale,
     plain,
     polyline,
@@ -130,28 +129,3 @@ def _end_names(ends: list[tuple[float, float, str, str]]) -> Markup:
             )
         )
     return join(*parts)
-
-
-def learning(report: dict[str, Any]) -> Markup:
-    """Held-out KL of the child while it heals."""
-    evaluations = report["learning"]
-    x = linear_scale([e["tokens"] for e in evaluations], *X_RANGE, from_zero=True)
-    best, worst = (end(evaluations, key=lambda e: e["kl"]) for end in (min, max))
-    room = best["kl"] / max(1.02, (worst["kl"] / best["kl"]) ** 0.12) if best["kl"] > 0 else 0.0  # for words below
-    y = log_scale([room, *(e["kl"] for e in evaluations)], *Y_RANGE)
-    points = [(x(e["tokens"]), y(e["kl"])) for e in evaluations]
-    parts = [
-        chart_frame(x, y, "healing tokens", "held-out KL to the parent (nats/token)"),
-        polyline(points, "curve o-child"),
-    ]
-    for e, (at, height) in zip(evaluations, points, strict=True):
-        about = f"{e['tokens']:,} tokens, step {e['step']}: KL {kl_text(e['kl'], e['kl_se'])}"
-        if e["perplexity"] is not None:
-            about += f", perplexity {e['perplexity']:.2f}"
-        data = {"data_x": e["tokens"], "data_y": f"{e['kl']:.12g}"}
-        parts.append(error_bar(at, y, e["kl"], e["kl_se"], "o-child"))
-        parts.append(marker(at, height, "star" if e is best else "circle", "o-child", about, **data))
-    side = "end" if x(best["tokens"]) > WIDTH / 2 else "start"
-    parts.append(text(x(best["tokens"]), y(best["kl"]) + 19, f"best {best['kl']:.4f}", "name strong", side))
-    entries = [("circle", "o-child", "held-out evaluation"), ("star", "o-child", "lowest: the weights that are kept")]
-    return join(svg(WIDTH, HEIGHT, "held-out KL over healing tokens", *parts), legend(entries))

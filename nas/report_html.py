@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nas import report_bars, report_charts, report_maps, report_tables
+from nas import report_bars, report_charts, report_healing, report_maps, report_tables
 from nas.report_style import style_sheet
 from nas.report_svg import Markup, element, join, plain
 from nas.report_words import estimate, size_text
@@ -55,7 +55,8 @@ FIGURES = (
     Figure("budget", "Where the bytes go", "What was cut, and what no choice changes, against the budget.", report_bars.budget),
     Figure("history", "The search", "How soon the best child was found, and by which proposer.", report_charts.history),
     Figure("finalists", "Finalists", _finalists_caption, report_bars.finalists),
-    Figure("learning", "Healing", "Held-out KL while the child learns from its parent; where it is flat, more tokens bring little.", report_bars.learning),
+    Figure("learning", "Healing", "Held-out KL while the child learns from its parent; where it is flat, more tokens bring little.", report_healing.learning),
+    Figure("perplexity", "Perplexity while healing", "Lower is better; text that the child does not train on tells whether it forgets.", report_healing.perplexity),
 )  # fmt: skip
 
 
@@ -68,6 +69,9 @@ def page(report: dict[str, Any]) -> str:
         tables = join(report_tables.results(report), report_tables.trials(report))
         told = f"KL to the parent in nats a token, ± one standard error{_heldout_tokens(report)}."
         figures.append(_card("results", "Results", told, tables, wide=True))
+    if report["eval"]:
+        told = "Parent and children side by side, by nas eval, ± one standard error. Multiple choice by log-likelihood."
+        figures.append(_card("eval", "Evaluation", told, report_tables.evaluation(report), wide=True))
     if report["limits"] or report["optimum"]:
         told = "What binds, and what one more unit of it would win back by the sum of scores."
         figures.append(_card("limits", "Limits", told, report_tables.limits(report), wide=True))

@@ -152,6 +152,8 @@ text.strong{fill:var(--ink)}
 .error{stroke:currentColor;stroke-width:1.2}
 .curve{fill:none;stroke:currentColor;stroke-width:1.6}
 .curve.o-child{stroke-width:2.2}
+.band{fill:currentColor;fill-opacity:.16}
+.loss{fill:none;stroke:var(--muted);stroke-opacity:.5;stroke-width:1}
 .b-fixed{fill:var(--fixed)}.b-attention{fill:var(--attention)}.b-ffn{fill:var(--ffn)}.b-kv{fill:var(--kv)}.b-reserve{fill:var(--reserve)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:3px 16px;margin:10px 0 0;padding:0;font-size:12.5px;color:var(--muted)}
 .legend li{display:flex;align-items:center;gap:6px}

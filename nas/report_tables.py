@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nas.eval_table import eval_table
 from nas.report_svg import Markup, element, join
 from nas.report_words import estimate, kl_text, rate_text, size_text, spearman, time_text
 
@@ -180,3 +181,20 @@ def scores_made(report: dict[str, Any]) -> Markup:
 
 def _tokens(made: dict[str, Any]) -> list[float | None]:
     return [(made.get("tokens") or {}).get("fit"), made.get("one_pass_tokens"), made.get("exact_tokens")]
+
+
+def evaluation(report: dict[str, Any]) -> Markup:
+    """What `nas eval` measured, a group of rows a text or task; below it the continuations of each prompt."""
+    made = eval_table(report["eval"])
+    rows, group = [], ""
+    for row in made.rows:
+        if row.group != group:
+            rows.append([row.group, *([""] * len(made.models))])
+            group = row.group
+        rows.append([f"\u2003{row.metric.strip()}" if row.group else row.metric, *row.cells])
+    samples = []
+    for prompt, texts in made.samples:
+        samples.append(element("p", element("i", prompt)))
+        samples += [element("p", element("b", f"{name}: "), text, class_="aside") for name, text in texts]
+    told = element("details", element("summary", "What each writes after a prompt"), *samples) if samples else Markup()
+    return join(table(["", *made.models], rows), told)

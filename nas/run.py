@@ -8,6 +8,7 @@ architecture.json  the chosen architecture                  child/          it, 
 path.json          children on the way to the limits        uniform/        the uniform baseline within the same limits
 finalists/         short heals before the last choice       family.json     the children of a sweep, with family/
 distill/           checkpoints and metrics.jsonl            healed/         the healed child
+eval.json          what `nas eval` measured, by model
 results.json       the table of `nas show`                  report.html     the page of `nas report`, with report.json
 """
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, AttentionSpec, FFNSpec
 from nas.costs import CostModel, Scenario
+from nas.eval_table import eval_table, of_run, render
 from nas.limits import UNITS, cost_field, in_words
 from nas.run import Run
 from nas.table import load_table
@@ -37,6 +38,8 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
         healed = run.read("results.json", "distill") if run.has("results.json") else {}
         # Results of an earlier search stay until the new child is healed; they are not this child's.
         console.print(results(healed) if healed.get("search") == found["key"] else search_table(found))
+        if (measured := of_run(run.directory, found["key"])) is not None:
+            console.print(render(eval_table(measured)))
     console.print(paths(run))
 
 
@@ -268,6 +271,7 @@ def paths(run: Run) -> RenderableType:
         "healed": "healed child",
         "distill/metrics.jsonl": "healing metrics",
         "results.json": "results",
+        "eval.json": "evaluation",
         "report.html": "report",
     }
     lines = [f"{what:<22}{run.path(name)}" for name, what in made.items() if run.has(name)]

@@ -233,6 +233,7 @@ class MadeUp:
         _write(directory / "score.json", SCORE)
         healed = {"name": "child after healing", "kl": 0.31, "kl_se": 0.005, "perplexity": 16.4, "top1_agreement": 0.81}
         healing = {"tokens": 18_874_368, "steps": 576, "best_step": 560}
+        _write(directory / "eval.json", evaluation(found["key"]))
         results = {"key": "x", "search": found["key"], "rows": [healed], "heldout_tokens": 32768, "healing": healing}
         _write(directory / "results.json", results)
         (directory / "distill").mkdir(exist_ok=True)
@@ -246,8 +247,11 @@ class MadeUp:
             kl = 0.3 + (start - 0.3) * math.exp(-step / 60) + 0.06 * math.exp(-step / 300)
             tokens = step * 32768
             lines.append({"kind": "train", "step": step, "tokens": tokens, "loss": kl * 1.1, "lr": 6e-4})
-            facts = {"kl": kl, "kl_se": 0.005, "student_perplexity": 14.2 * math.exp(kl / 2)}
-            lines.append({"kind": "eval", "step": step, "tokens": tokens, **facts})
+            for name, more in (("held-out", 0.0), ("general", 0.2)):
+                facts = {"kl": kl + more, "kl_se": 0.005, "student_ce": 2.65 + (kl + more) / 2, "top1_agreement": 0.8}
+                facts["student_perplexity"] = math.exp(facts["student_ce"])
+                text = {} if name == "held-out" else {"text": name}
+                lines.append({"kind": "eval", "step": step, "tokens": tokens, **facts, **text})
         return lines
 
 
@@ -263,6 +267,27 @@ SCORE = {
     "device": "NVIDIA H200",
     "seconds": 15.4,
 }
+
+
+def evaluation(search: str) -> dict[str, Any]:
+    """An eval.json of parent and child: a text, questions, samples."""
+    text = {"tokens": 32704, "sequences": 64, "top1_agreement": 0.7, "top1_agreement_se": 0.004}
+    choices = {"questions": 8, "chance": 0.25, "acc": 0.75, "acc_se": 0.16366, "acc_norm": 0.5, "acc_norm_se": 0.18898}
+    results: dict[str, Any] = {}
+    for model, kl, right in (("p", 0.0, "11101110"), ("c", 0.61, "11000010")):
+        results[f"{model}:t"] = text | {"kl": kl, "kl_se": 0.0123, "perplexity": 14.0 + 9 * kl, "perplexity_se": 0.3}
+        share = right.count("1") / 8
+        results[f"{model}:q"] = choices | {"acc": share, "right": right, "right_norm": right[::-1]}
+        results[f"{model}:s"] = {"samples": [{"prompt": "The <b>sun</b>", "text": f" is {model} & warm"}]}
+    measures = [("text", "held-out", "t"), ("choices", "quiz", "q"), ("samples", "samples", "s")]
+    return {
+        "format": 1,
+        "search": search,
+        "models": [{"name": n, "path": f"/{n}", "fingerprint": n[0]} for n in ("parent", "child")],
+        "measures": [{"kind": kind, "name": name, "id": id, "about": {}} for kind, name, id in measures],
+        "results": results,
+        "parameters": {"p": 134_515_008, "c": 81_000_000},
+    }
 
 
 def _write(path: Path, content: Any) -> None:

@@ -91,6 +91,7 @@ def test_every_chart_names_both_axes_with_their_units(told: tuple[dict[str, Any]
     assert labels["history"] == ["trial number", "true KL to the parent (nats/token)"]
     assert labels["finalists"] == ["healing tokens", "KL to the parent (nats/token)"]
     assert labels["learning"] == ["healing tokens", "held-out KL to the parent (nats/token)"]
+    assert labels["perplexity"] == ["healing tokens", "perplexity"]
     assert labels["scores"] == ["layer"]
 
 
@@ -145,12 +146,86 @@ def test_healing_curves_stand_where_the_ticks_say(told: tuple[dict[str, Any], No
     for place, right in zip(sorted(drawn), sorted(steps), strict=True):
         assert place[0] == right[0] and place[1:] == pytest.approx(right[1:], abs=0.3)
 
+    assert (
+        len(report["learning"]) == len(report["other_texts"]["general"]) == 13
+    )  # a crash cut a line off: it is left out
+    curves = {"general": report["other_texts"]["general"], "held-out text": report["learning"]}
+    for name, key in (("learning", "kl"), ("perplexity", "perplexity")):
+        figure = page.by_id(name)
+        x, y = axis(figure, "x", False), axis(figure, "y", True)
+        right = [(curve, x.at(e["tokens"]), y.at(e[key])) for curve, es in curves.items() for e in es]
+        drawn = marks(figure)
+        assert [mark[0] for mark in drawn] == [point[0] for point in right]
+        for place, expected in zip(drawn, right, strict=True):
+            assert place[1:] == pytest.approx(expected[1:], abs=0.3)
+
+
+def test_the_band_of_the_learning_curve_is_one_standard_error(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
     figure = page.by_id("learning")
     x, y = axis(figure, "x", False), axis(figure, "y", True)
-    assert len(report["learning"]) == 13  # the line that a crash cut off is left out
-    right = [(x.at(e["tokens"]), y.at(e["kl"])) for e in report["learning"]]
-    for place, expected in zip(marks(figure), right, strict=True):
-        assert place[1:] == pytest.approx(expected, abs=0.3)
+    (band,) = figure.all("polygon", "o-child")
+    outline = [tuple(map(float, point.split(","))) for point in band.attributes["points"].split()]
+    es = report["learning"]
+    edges = [(e, 1) for e in es] + [(e, -1) for e in reversed(es)]
+    for (at, height), (e, sign) in zip(outline, edges, strict=True):
+        assert at == pytest.approx(x.at(e["tokens"]), abs=0.3)
+        assert height == pytest.approx(y.at(e["kl"] + sign * e["kl_se"]), abs=0.6)
+
+
+def test_training_loss_lies_behind_the_learning_curve(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    figure = page.by_id("learning")
+    x, y = axis(figure, "x", False), axis(figure, "y", True)
+    lines = figure.all("polyline")
+    assert [line.attributes["class"] for line in lines[:2]] == ["loss", "curve o-pool"]  # drawn first
+    points = [tuple(map(float, point.split(","))) for point in lines[0].attributes["points"].split()]
+    assert len(points) == len(report["training"]) == 13
+    for (at, height), loss in list(zip(points, report["training"], strict=True))[1:]:
+        assert (at, height) == pytest.approx((x.at(loss["tokens"]), y.at(loss["loss"])), abs=0.3)
+
+
+def test_stages_follow_one_another_on_one_axis(run: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for name, steps, loss in (("1-kl", 1000, 0.5), ("2-ce", 30, 3.0)):
+        for step in range(0, steps + 1, 10 if steps == 30 else 1):
+            place = {"step": step, "tokens": step * 100, "stage": name}
+            lines.append({"kind": "train", "loss": loss, **place})
+            if step % (steps // 2) == 0:
+                lines.append({"kind": "eval", "kl": 0.4, "kl_se": None, "student_perplexity": 9.0, **place})
+    lines.append({"kind": "eval", "kl": 0.3, "step": 30, "tokens": 3000, "stage": "2-ce"})  # measured again on resuming
+    lines.append({"kind": "eval", "kl": float("nan"), "step": 31, "tokens": 3100, "stage": "2-ce"})
+    (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report, page = page_of(run)
+    assert report["stages"] == [{"name": "1-kl", "tokens": 0}, {"name": "2-ce", "tokens": 100_000}]
+    told = [(e["stage"], e["tokens"], e["kl"]) for e in report["learning"]]
+    assert [place for place in told if place[0] == "1-kl"] == [("1-kl", at, 0.4) for at in (0, 50_000, 100_000)]
+    assert [place for place in told if place[0] == "2-ce"] == [("2-ce", 100_000, 0.4), ("2-ce", 103_000, 0.3)]
+    training = report["training"]
+    assert len(training) <= 401 + 2 and {t["loss"] for t in training} == {0.5, 3.0}
+    assert training[-1]["tokens"] == 103_000
+    figure = page.by_id("learning")
+    assert [t.text for t in figure.all("text", "tick") if t.text in ("1-kl", "2-ce")] == ["1-kl", "2-ce"]
+    (kept,) = [mark for mark in figure.all("g", "star") if "data-x" in mark.attributes]
+    assert kept.attributes["data-x"] == "103000"  # of the last stage
+    assert len(figure.all("polyline", "loss")) == 1  # a cross-entropy has no place on this axis
+    assert figure.all("polygon") == []
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_evaluation_stands_on_the_page(run: Path, told: tuple[dict[str, Any], Node]) -> None:
+    _, page = told
+    figure = page.by_id("eval")
+    rows = {row.all("th")[0].text.strip(): [cell.text for cell in row.all("td")] for row in figure.all("tr")}
+    assert rows["parameters"] == ["134,515,008", "81,000,000"]
+    assert rows["KL to parent"] == ["0", "0.6100 ± 0.0123"]
+    assert rows["acc, %"] == ["75.0 ± 16.4", "37.5 ± 16.4"]
+    assert rows["less the parent's"] == ["", "-37.5 ± 18.3"]
+    assert "quiz, 8 questions, chance 25 %" in rows
+    assert "The <b>sun</b>" in figure.text and "child:  is c & warm" in figure.text
+    change(run, key="another")
+    report, page = page_of(run)
+    assert report["eval"] is None and not [node for node in page.walk() if node.attributes.get("id") == "eval"]
 
 
 def test_bars_are_as_long_as_their_bytes(told: tuple[dict[str, Any], Node]) -> None:
@@ -454,7 +529,7 @@ def test_results_of_an_earlier_search_are_left_out(run: Path) -> None:
     change(run, key="another")
     (run / "distill" / "search.json").write_text('{"search": "0123456789ab"}')
     report, page = page_of(run)
-    assert report["notes"].keys() == {"learning"}
+    assert report["notes"].keys() == {"learning", "perplexity"}
     assert "child after healing" not in page.text
 
 

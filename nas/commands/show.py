@@ -15,6 +15,7 @@ def show(run: RunOption = DEFAULT_RUN, as_json: JsonOption = False) -> None:
     """Print a run: candidates, scores, architecture map, budget, results, and where everything lies."""
     from nas.commands.import_ import show_import
     from nas.commands.search import show_search
+    from nas.eval_table import of_run
     from nas.importing import read_import
     from nas.table_search import read_table_run
 
@@ -28,6 +29,8 @@ def show(run: RunOption = DEFAULT_RUN, as_json: JsonOption = False) -> None:
         content = {name: opened_run.read(file, "score") for name, file in made.items() if opened_run.has(file)}
         if content.get("results", {}).get("search") != content.get("architecture", {}).get("key"):
             content.pop("results", None)  # of an earlier search: not this child's
+        if (measured := of_run(run, content.get("architecture", {}).get("key"))) is not None:
+            content["eval"] = measured
         return emit({"run": str(run), "parent": opened_run.config.parent} | content, as_json)
     from rich.console import Console
 
