@@ -73,6 +73,7 @@ class Transformers:
             yield Row("dynamic cache", self.greedy(), self.error(self.in_pieces()))
             yield Row("static cache", self.greedy(**static))
             yield Row("static cache again", self.greedy(**static))
+            yield Row("static cache, prompt in chunks", self.greedy(prefill_chunk_size=4, **static))
             yield Row("left padding", self.greedy(padded=True))
             yield Row("left padding, static cache", self.greedy(padded=True, **static))
             beams = [self.generated([prompt], num_beams=3, use_cache=cached)[0] for cached in (True, False)]

@@ -77,7 +77,7 @@ def test_the_installed_transformers(
     assert status == 0, said
     ways = ("dynamic cache", "static cache again", "left padding, static cache", "3 beams", "eager attention")
     assert all(way in said for way in (*ways, "hidden states", "checkpointed gradient"))
-    assert said.count("24/24") == 7
+    assert said.count("24/24") == 8
 
 
 def test_a_difference_is_noticed(clients: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,6 +211,9 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, LlamaForCausalLM):
             raise ValueError(f"{pretrained_model_name_or_path} does not fit its configuration ({'; '.join(faults)})")
         return (model, info) if wants_info else model
 
+    def _get_static_cache_init_shape(self) -> None:
+        """transformers 5 alone calls this, to allocate a static cache before a prompt is read in chunks: let layers do it."""
+
     def _get_cache(self, *args: Any, **kwargs: Any) -> Any:
         """transformers 4 alone calls this. A static cache that it would use again must have a size in every layer."""
         vars(self).pop("_cache", None)
