@@ -9,6 +9,7 @@ fp32, which loses nothing of what the file says.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from blocks.files import replace_directory, write_errors, write_tensors
 from blocks.weights import HEAD, SINGLE
 
 logger = logging.getLogger(__name__)
-_CONVERSION = 1  # raise it when the same GGUF file would be converted into something else
+_CONVERSION = 2  # raise it when the same GGUF file would be converted into something else
 _HEAD_BYTES = 1 << 20
 _REMEDY = "free some space, or set MARQUETRY_CACHE to another place"
 
@@ -88,6 +89,15 @@ def _convert(file: Path, directory: Path) -> None:
             write_tensors(new / SINGLE, tensors)
             config.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            _name_for_transformers_4(new / "tokenizer_config.json")
+
+
+def _name_for_transformers_4(file: Path) -> None:
+    """transformers 5 calls its class by a name that 4 does not know; both know this one, and the children inherit the file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(file: Path) -> tuple[Any, dict[str, Any]]:

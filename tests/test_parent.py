@@ -267,6 +267,8 @@ def test_gguf_is_converted_once_and_exactly(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     tokenizer = converted.tokenizer()
     assert tokenizer.eos_token_id == 257 and tokenizer.decode(tokenizer("hello")["input_ids"]) == "hello"
+    named = json.loads((converted.path / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == "PreTrainedTokenizerFast"  # which transformers 4 knows, too
 
     monkeypatch.setattr(gguf_import, "_convert", lambda *_: pytest.fail("converted again"))
     assert open_parent(str(file)).fingerprint == converted.fingerprint
