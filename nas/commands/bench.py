@@ -41,7 +41,12 @@ def bench(
     parent: Annotated[str | None, typer.Option(help="Instead: a parent, as for nas score.")] = None,
     shape: Annotated[Path | None, typer.Option(help="Instead: a Hugging Face config.json; no weights needed.")] = None,
     space: Annotated[str | None, typer.Option(help="Search space; the run's own, or default.")] = None,
-    target: Annotated[str | None, typer.Option(help="Engine that must serve the child: vllm, sglang, trtllm, llamacpp, mlx, exllamav3 or transformers.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Engine that must serve the child: vllm, sglang, trtllm, llamacpp, mlx, exllamav3 or transformers."
+        ),
+    ] = None,
     architecture: Annotated[
         Path | None, typer.Option(help="An architecture.json to assemble and check; the run's own, or a made half.")
     ] = None,

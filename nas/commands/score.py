@@ -53,7 +53,12 @@ def score(
     space: Annotated[
         str | None, typer.Option(help="Search space: default, quick, keep_or_skip, or a YAML file.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Engine that must serve the child: vllm, sglang, trtllm, llamacpp, mlx, exllamav3 or transformers.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Engine that must serve the child: vllm, sglang, trtllm, llamacpp, mlx, exllamav3 or transformers."
+        ),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="one-pass (guard set exact), exact, or both.")] = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column of the text in .jsonl, .parquet and datasets.")
