@@ -64,8 +64,9 @@ class Ranks:
             torch.distributed.barrier()
 
     def leave(self) -> None:
-        """Ends the process group; nothing is shared afterwards."""
-        if self.count > 1:
+        """Ends the process group, on all ranks at once; nothing is shared afterwards."""
+        if self.count > 1 and torch.distributed.is_initialized():
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
 

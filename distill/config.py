@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from blocks.errors import ConfigError
+from blocks.spec import Architecture
 from distill.objective import Objective
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -46,8 +47,9 @@ class DistillConfig:
     jsd_beta: float = 0.5
     """Of "jsd": the parent's share of the mixture. Near 0 it is forward KL, near 1 reverse KL (arXiv 2306.13649)."""
 
-    cosine: float = 0.0
-    """Weight of 1 - cosine between the residual streams of child and parent, averaged over the layers that both have."""
+    cosine: float | None = None
+    """Weight of 1 - cosine between the residual streams of child and parent, averaged over the layers that both have. None
+    leaves it to what was cut: 1 if an attention or a whole layer is gone, else 0 (`suited_to`)."""
 
     data: str | None = None
     """Text to train on, as for `nas score --data`; the run's own training text if None."""
@@ -122,7 +124,7 @@ class DistillConfig:
     """Checkpoints kept; older ones are removed. The best student by held-out KL is kept besides."""
 
     patience: int = 0
-    """Evaluations in a row without a lower held-out KL after which healing ends; 0 goes on to the last token."""
+    """Evaluations in a row without a lower held-out KL (cross-entropy, of "ce") after which healing ends; 0 goes on."""
 
     spike: float = 4.0
     """A training loss this many times the mean of the last 50 steps stops healing, as one that is not finite does; 0 lets
@@ -178,7 +180,14 @@ class DistillConfig:
     @property
     def objective(self) -> Objective:
         """What the student is taught."""
-        return Objective(self.loss, self.jsd_beta, self.cosine)
+        return Objective(self.loss, self.jsd_beta, self.cosine or 0.0)
+
+    def suited_to(self, child: Architecture) -> DistillConfig:
+        """This configuration with what is left to the child decided."""
+        if self.cosine is not None:
+            return self
+        cut = any(layer.attention.kind == "skip" for layer in child)
+        return replace(self, cosine=1.0 if cut and self.loss in ("kl", "jsd") else 0.0)
 
     @property
     def step_tokens(self) -> int:

@@ -1,12 +1,13 @@
 """What healing takes on one rank: bytes by what takes them, and FLOPs of a step. Integers, no torch.
 
 Shapes: n tokens of a micro-batch, D hidden size, V vocabulary, C channels of q, k and v, E head_dim, H heads, I FFN channels.
-The peak is the larger of two moments:
+The peak is the largest of three moments:
 
-    the start of the backward pass    activations, rounded weights, and the gradients of the vocabulary loss
-    the optimizer's step              all gradients, and what the optimizer makes on its way
+    the vocabulary loss        activations, rounded weights, a chunk's logits and the gradients of the loss
+    a layer's backward pass    (activations recomputed) what layers keep, one layer's activations, the gradient of the head
+    the optimizer's step       all gradients, and what the optimizer makes on its way
 
-The second counts as well when several micro-batches are accumulated: then the gradients lie beside the activations. Not
+All gradients lie beside the activations when several micro-batches are accumulated. Not
 counted: the CUDA context (about 0.5 GB), NCCL's buffers, and what the allocator cannot reuse. `python benchmarks/healing.py memory`
 compares it with what is measured (docs/memory.md).
 """
@@ -27,14 +28,18 @@ class HealingMemory:
     """Bytes on one rank. `parts` lie there all the time."""
 
     parts: dict[str, int]
+    loss: dict[str, int]
+    """What comes on top when the vocabulary loss is made."""
     backward: dict[str, int]
-    """What comes on top at the start of the backward pass."""
+    """What comes on top in the backward pass of a layer whose activations are made again."""
     update: dict[str, int]
     """What comes on top in the optimizer's step."""
 
     @property
     def peak(self) -> int:
-        return sum(self.parts.values()) + max(sum(self.backward.values()), sum(self.update.values()))
+        return sum(self.parts.values()) + max(
+            sum(moment.values()) for moment in (self.loss, self.backward, self.update)
+        )
 
 
 def healing_memory(
@@ -66,18 +71,28 @@ def healing_memory(
         layer = max(parent.layer_parameters(each) for each in (*child, parent.parent_layer))
         whole = 2 * half * layer + half * (parent.fixed_parameters + table) if sharded else 0
         parts["shared between ranks"] = whole or gradients  # layers brought together; or DDP's buckets
-    rounded = 0 if half == FP32 else half * (matrices + table)
-    backward = {
-        "activations": _activations(config, parent, child, tokens, half),
-        "rounded weights": rounded if not sharded else 0,
-        "vocabulary loss": _vocabulary(config, parent, tokens, half),
+    recomputes = config.checkpoint_activations
+    rounded = 0 if half == FP32 or sharded else half * (table + (0 if recomputes else matrices))
+    layers = [tokens * _layer_activations(parent, layer, half) for layer in child]
+    ends = tokens * parent.hidden_size * (FP32 + 4 * half)  # embedding, final norm, last hidden states of both
+    kept = {
+        "activations": ends + (_layer_inputs(parent, child, tokens, half) if recomputes else sum(layers)),
+        "rounded weights": rounded,
         "gradients": gradients if accumulates else 0,
     }
     if config.cosine or config.loss == "bld":
         streams = tokens * parent.hidden_size * (len(child) + 1)
-        backward["streams"] = streams * (half + (half if config.cosine else 0))
+        kept["streams"] = streams * (half + (half if config.cosine else 0))
+    of_hidden = half * tokens * parent.hidden_size
+    chunk = min(config.chunk_tokens, tokens) * parent.vocab_size * (2 * FP32 + half)
+    loss = kept | {"vocabulary loss": FP32 * table + of_hidden + max(chunk, FP32 * table)}
+    backward = (
+        kept | {"a layer": max(layers, default=0), "vocabulary loss": 2 * FP32 * table + of_hidden}
+        if recomputes
+        else {}
+    )
     update = {"gradients": gradients, "Muon": _muon(parent, child, shards) if config.optimizer == "muon" else 0}
-    return HealingMemory(parts, backward, update)
+    return HealingMemory(parts, loss, backward, update)
 
 
 def step_flops(config: DistillConfig, parent: ModelShape, child: Architecture) -> int:
@@ -112,14 +127,13 @@ def _teacher_bytes(parent: ModelShape, loaded: int, half: int, shards: int, need
     return loaded * weights // shards + rounded
 
 
-def _activations(config: DistillConfig, parent: ModelShape, child: Architecture, tokens: int, half: int) -> int:
-    """What the student's forward pass keeps for its backward pass."""
-    kept = [_layer_activations(parent, layer, half) for layer in child]
-    hidden = parent.hidden_size
-    ends = hidden * (FP32 + 2 * half) + 2 * hidden * half  # embedding, final norm; last hidden states of both
-    if config.checkpoint_activations:
-        return tokens * (len(child) * hidden * (FP32 + half) + max(kept, default=0) + ends)
-    return tokens * (sum(kept) + ends)
+def _layer_inputs(parent: ModelShape, child: Architecture, tokens: int, half: int) -> int:
+    """What is kept of each layer where the rest is made again: the stream, and what the layer before adds to it."""
+    return sum(tokens * parent.hidden_size * (FP32 + half) for layer in child if not _is_empty(layer))
+
+
+def _is_empty(layer: LayerSpec) -> bool:
+    return layer.attention.kind == layer.ffn.kind == "skip"
 
 
 def _layer_activations(parent: ModelShape, layer: LayerSpec, half: int) -> int:
@@ -135,13 +149,6 @@ def _layer_activations(parent: ModelShape, layer: LayerSpec, half: int) -> int:
     }[layer.attention.kind]
     ffn = {"width": entering + 3 * half * layer.ffn.width, "linear": entering, "skip": 0}[layer.ffn.kind]
     return attention + ffn
-
-
-def _vocabulary(config: DistillConfig, parent: ModelShape, tokens: int, half: int) -> int:
-    """The gradients of head and hidden states, made in the forward pass; and the chunk's logits, twice, with their gradient."""
-    table = parent.vocab_size * parent.hidden_size
-    chunk = min(config.chunk_tokens, tokens) * parent.vocab_size * (2 * FP32 + half)
-    return FP32 * table + half * tokens * parent.hidden_size + max(chunk, FP32 * table)
 
 
 def _muon(parent: ModelShape, child: Architecture, shards: int) -> int:

@@ -9,13 +9,16 @@ A model need be real on rank 0 alone: on the others it may lie on the meta devic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -24,16 +27,34 @@ from blocks.ranks import Ranks
 from distill.config import DistillConfig
 from distill.models import FrozenTeacher, StudentLoss
 
+AVAILABLE = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+
 
 class Parallel:
     """The ranks of a run, and how the models lie on them."""
 
-    def __init__(self, config: DistillConfig) -> None:
-        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+    def __init__(self, config: DistillConfig, out_dir: Path) -> None:
+        if config.track is not None and not AVAILABLE[config.track]():
+            raise ConfigError(f"--track {config.track}: it is not installed; pip install {config.track}")
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu", mixed_precision="no", log_with=config.track, project_dir=out_dir
+        )
+        if config.track is not None:
+            settings = {name: value for name, value in asdict(config).items() if isinstance(value, (int, float, str))}
+            self.accelerator.init_trackers("tracked", config=settings)
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         by_launcher = str(self.accelerator.distributed_type).endswith("FSDP")
         self.sharded = self.ranks.count > 1 and (config.sharding == "full" or by_launcher)
         self._half = config.compute_dtype == "bfloat16"
+
+    def track(self, values: Mapping[str, Any], step: int) -> None:
+        """Tells TensorBoard or W&B, if one of them was asked for."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=step)
+
+    def close(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     @property
     def device(self) -> torch.device:

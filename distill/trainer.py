@@ -7,7 +7,7 @@ as if never killed (bit for bit on the CPU, with the same number of threads and 
 
     out_dir/metrics.jsonl                    one JSON object a line
     out_dir/checkpoints/step-000123/         the newest `keep_last`
-    out_dir/best/student.safetensors         lowest held-out KL, step 0 included
+    out_dir/best/student.safetensors         lowest held-out KL (cross-entropy, if that is learned), step 0 included
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ class _Healing:
         out_dir: Path,
     ) -> None:
         (teacher, student), (train_pack, texts) = pair, packs
-        vocab_size = check_pair(teacher, student)
+        vocab_size = check_pair(teacher, student, config.objective)
         self.config, self.out_dir = config, out_dir
         length = config.sequence_length
         self.train_stream = TokenStream(train_pack, length, vocab_size, "training pack")
         self.texts = {name: TokenStream(pack, length, vocab_size, f"{name} pack") for name, pack in texts.items()}
-        self.parallel = Parallel(config)
+        self.parallel = Parallel(config, out_dir)
         self.ranks = self.parallel.ranks
         self.identity: dict[str, Any] = self.ranks.agree(
             config.trajectory()
@@ -144,7 +144,7 @@ class _Healing:
         self.optimizers = build_optimizers(config, self.student)
         self.store = CheckpointStore(out_dir / "checkpoints", config.keep_last, self.ranks)
         self.best_path = out_dir / "best" / "student.safetensors"
-        self.best_kl = math.inf
+        self.best = math.inf
         self.log_path = out_dir / "metrics.jsonl"
         self.stage: str | None = None
         self.on_step: Callable[[Progress], None] | None = None
@@ -209,6 +209,7 @@ class _Healing:
         )
 
     def close(self) -> None:
+        self.parallel.close()
         if self.log is not None:
             self.log.close()
 
@@ -274,8 +275,8 @@ class _Healing:
         if not math.isfinite(stats.kl):
             raise NasError(f"the held-out KL is {stats.kl} at step {self.step}; nothing was overwritten")
         self.evaluations[self.step] = stats
-        if stats.kl < self.best_kl:
-            self.best_kl = stats.kl
+        if self._distance(stats) < self.best:
+            self.best = self._distance(stats)
             write_best(self.best_path, self.student, self.parallel, self.step, stats.to_dict())
         return stats
 
@@ -308,7 +309,7 @@ class _Healing:
             torch.cuda.set_rng_state_all(rng["cuda"])
         self.step = record["step"]
         self.evaluations = {int(step): EvalStats.from_dict(stats) for step, stats in record["evaluations"].items()}
-        self.best_kl = read_best(self.best_path)[1]["kl"]
+        self.best = self._distance(EvalStats.from_dict(read_best(self.best_path)[1]))
         self.watch = LossWatch(self.config.spike, record["losses"])
         self.session = SessionClock(record["seconds"])
 
@@ -319,7 +320,10 @@ class _Healing:
         rate = learning_rate(self.config, max(0, self.step - 1))
         self.on_step(Progress(self.step, self.config.steps, loss, rate, self._tokens_per_s, eta, stats))
 
-    def _log(self, kind: str, values: dict[str, float]) -> None:
+    def _log(self, kind: str, values: Mapping[str, Any]) -> None:
+        text = values.get("text")
+        prefix = kind if text is None else f"{kind} {text}"
+        self.parallel.track({f"{prefix}/{name}": value for name, value in values.items()}, self.step)
         if self.log is not None:
             self.log.write(kind=kind, step=self.step, tokens=self.step * self.config.step_tokens, **values)
 
@@ -327,7 +331,12 @@ class _Healing:
 
     @property
     def _has_settled(self) -> bool:
-        return has_settled({step: stats.kl for step, stats in self.evaluations.items()}, self.config.patience)
+        distances = {step: self._distance(stats) for step, stats in self.evaluations.items()}
+        return has_settled(distances, self.config.patience)
+
+    def _distance(self, stats: EvalStats) -> float:
+        """What the best student has the least of: the held-out KL; or, where the text itself is learned, its cross-entropy."""
+        return stats.student_ce if self.config.loss == "ce" else stats.kl
 
     @property
     def _tokens_per_s(self) -> float:

@@ -1,4 +1,4 @@
-"""What stops healing early: a loss that is not finite or leaps up, and a held-out KL that no longer falls."""
+"""What stops healing early: a loss that is not finite or leaps up, and held-out text on which nothing gets better."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LossWatch:
         return list(self._recent)
 
 
-def has_settled(kl_by_step: Mapping[int, float], patience: int) -> bool:
-    """Whether the last `patience` evaluations brought no lower held-out KL than the ones before; never if that is 0."""
-    values = [kl for _, kl in sorted(kl_by_step.items())]
+def has_settled(distance_by_step: Mapping[int, float], patience: int) -> bool:
+    """Whether the last `patience` evaluations brought nothing lower than the ones before; never if that is 0."""
+    values = [distance for _, distance in sorted(distance_by_step.items())]
     return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])

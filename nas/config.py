@@ -293,7 +293,8 @@ def load_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     sections = _mapping(path, "the recipe", recipe, list(SECTIONS))
     for name, section in sections.items():
-        known = [f.name for f in fields(SECTIONS[name]) if f.name not in SECTIONS]
+        nested = SECTIONS if name == "run" else ()  # its data and score are sections of their own
+        known = [f.name for f in fields(SECTIONS[name]) if f.name not in nested]
         _mapping(path, name, section, [*known, STAGES] if name == "distill" else known)
         for number, stage in enumerate(_stages(path, section) if name == "distill" else [], start=1):
             _mapping(path, f"distill.stages[{number}]", stage, known)

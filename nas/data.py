@@ -166,7 +166,7 @@ def prepare_data(
     }
     if (found := _read_split(out_dir, made_from, overwrite)) is not None:
         return found
-    texts = list({_digest([text.strip()]): text for text in load_documents(config.source, config.text_column)}.values())
+    texts = list({_digest([text.strip()]): text for text in _texts(config)}.values())
     order = (
         np.random.default_rng(config.seed).permutation(len(texts)) if config.split == "document" else range(len(texts))
     )
@@ -197,6 +197,12 @@ def load_pack(path: Path) -> np.ndarray:
 
 
 # ---- tokens
+
+CHARACTERS_PER_TOKEN = 8  # more than any text has on average, so that enough is read
+
+
+def _texts(config: DataConfig) -> list[str]:
+    return load_documents(config.source, config.text_column, CHARACTERS_PER_TOKEN * config.wanted_tokens)
 
 
 def _tokenise(

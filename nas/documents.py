@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,8 @@ _SHARED_CHARACTERS = 100  # paragraphs at least this long show that one text quo
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
-def load_documents(source: str, text_column: str = "text") -> list[str]:
-    """Reads all documents of a source, in a fixed order. Blank ones are left out.
+def load_documents(source: str, text_column: str = "text", most_characters: float = math.inf) -> list[str]:
+    """Reads the documents of a source, in a fixed order. Blank ones are left out.
 
     Args:
         source: one of
@@ -28,17 +29,18 @@ def load_documents(source: str, text_column: str = "text") -> list[str]:
             - a `datasets` id: `id`, `id:split` or `id:config:split` ("train" unless said; "train[:1%]" works too);
             - "python-docs": the language reference in Python's own standard library, offline.
         text_column: the column of .jsonl, .parquet and `datasets` that holds the text.
+        most_characters: a `datasets` id is streamed, and no further than this; everything else is read whole.
 
     Raises:
         DataError: if there is no such source, no such column, or no text in it.
     """
-    documents = [text for text in _read_source(source, text_column) if text.strip()]
+    documents = [text for text in _read_source(source, text_column, most_characters) if text.strip()]
     if not documents:
         raise DataError(f"{source} holds no text")
     return documents
 
 
-def _read_source(source: str, column: str) -> list[str]:
+def _read_source(source: str, column: str, most_characters: float) -> list[str]:
     if source in EMBEDDED:
         return EMBEDDED[source]()
     path = Path(source).expanduser()
@@ -48,7 +50,7 @@ def _read_source(source: str, column: str) -> list[str]:
         return _read_directory(path, column)
     if path.suffix in SUFFIXES or source.startswith(("/", ".", "~")):
         raise DataError(f"no such file or directory: {source}")
-    return _read_dataset(source, column)
+    return _read_dataset(source, column, most_characters)
 
 
 def _read_directory(path: Path, column: str) -> list[str]:
@@ -126,20 +128,41 @@ def _read_saved_dataset(path: Path, column: str) -> list[str]:
     return _read_rows(loaded, column, str(path))
 
 
-def _read_dataset(source: str, column: str) -> list[str]:
+def _read_dataset(source: str, column: str, most_characters: float) -> list[str]:
+    """Streamed up to `most_characters`, which spares a download of terabytes; whole if there is no end, or for a slice."""
     import datasets
 
     identity, bracket, rows = source.partition("[")  # of a slice such as train[:1%], which has a colon of its own
     name, _, rest = identity.partition(":")
     config, _, split = rest.rpartition(":")
+    streamed = not bracket and most_characters < math.inf
     try:
-        loaded = datasets.load_dataset(name, config or None, split=(split or "train") + bracket + rows)
+        loaded = datasets.load_dataset(
+            name, config or None, split=(split or "train") + bracket + rows, streaming=streamed
+        )
+        if streamed:
+            return _first_rows(loaded, column, source, most_characters)
+    except DataError:
+        raise
     except Exception as error:  # builders raise errors of every kind
         raise DataError(
             f"{source} is no path here, and datasets cannot load it ({type(error).__name__}: {_first_line(error)}); "
             "check the spelling (id:config:split) and the network, or give a file"
         ) from error
     return _read_rows(loaded, column, source)
+
+
+def _first_rows(rows: Any, column: str, where: str, most_characters: float) -> list[str]:
+    """The texts of a streamed dataset until they hold `most_characters`."""
+    texts: list[str] = []
+    characters = 0
+    for row in rows:
+        _require_column(column, list(row), where)
+        texts.append(_text(row[column], column, where))
+        characters += len(texts[-1])
+        if characters >= most_characters:
+            break
+    return texts
 
 
 def _read_rows(rows: Any, column: str, where: str) -> list[str]:

@@ -178,12 +178,12 @@ class ShortHeals:
         if not (directory / "child" / "config.json").exists():
             child = self.assembler.assemble(finalist.architecture)
             self.assembler.write(child, directory / "child", self.weight_dtype)
-        result = self._run(directory, until)
+        result = self._run(finalist.architecture, directory, until)
         done = {"tokens": result.tokens, "steps": result.steps, "kl": result.after.kl, "kl_se": result.after.kl_se}
         save_json(directory / "curve.json", {"key": key, "rounds": [*curve, done]})
         return [*curve, done]
 
-    def _run(self, directory: Path, until: int) -> Any:
+    def _run(self, architecture: Architecture, directory: Path, until: int) -> Any:
         if self._teacher is None:
             self._teacher = load_parent_model(self.parent, self.device)
         student = load_child(directory / "child")
@@ -191,7 +191,7 @@ class ShortHeals:
         packs = load_pack(data / "train.npy"), load_pack(data / "calibration.npy")
         with self.reporter.bar(f"Healing {directory.name}", until) as (bar, task):
             return heal(
-                self.config,
+                self.config.suited_to(architecture),
                 self._teacher,
                 student,
                 *packs,

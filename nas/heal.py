@@ -45,6 +45,8 @@ def run_distill(
 ) -> dict[str, Any] | None:
     """Does what is missing of `nas distill` and returns the results (results.json); on rank 0, where there are several."""
     found = run.read("architecture.json", "search")
+    architecture = Architecture.load(run.path("architecture.json"))
+    stages = [config.suited_to(architecture) for config in stages]
     key = digest(found["key"], [to_dict(config) for config in stages])
     if ranks.agree(run.has("results.json") and run.has("healed/config.json")):
         done = run.read("results.json", "distill")
@@ -54,12 +56,12 @@ def run_distill(
     if ranks.main:
         _set_aside_other_child(run, found["key"], reporter)
     ranks.wait()
-    architecture = Architecture.load(run.path("architecture.json"))
     if read_architecture(run.path("child"))[1] != as_built(parent.shape, architecture)[1]:
         raise CheckpointError(
             f"{run.path('child')} is not the child of architecture.json (a search was cut off?); run `nas search` again"
         )
     results = _heal(run, parent, stages, device, reporter, ranks)
+    ranks.leave()  # what is left to do takes one rank, and the others need not wait for it
     if not ranks.main:
         return None
     weights = load_file(results[-1].best_path)

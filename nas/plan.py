@@ -341,6 +341,7 @@ def plan_distill(
     """Counts, memory by what takes it, and FLOPs of `nas distill`: of the longest stage in memory, and of all in work."""
     shape = parent.shape
     built = as_built(shape, child)[1]
+    stages = [config.suited_to(child) for config in stages]
     stored = min(parent.dtype.itemsize, FP32)
     memories = [
         healing_memory(
@@ -360,6 +361,7 @@ def plan_distill(
         "memory_gb": round(most.peak / 1e9, 3),
         "memory_of": "one rank" if ranks > 1 else str(device.type),
         **{f"{name.replace(' ', '_')}_gb": round(size / 1e9, 3) for name, size in most.parts.items()},
+        "loss_gb": round(sum(most.loss.values()) / 1e9, 3),
         "backward_gb": round(sum(most.backward.values()) / 1e9, 3),
         "update_gb": round(sum(most.update.values()) / 1e9, 3),
         "tflop": round(flops / 1e12, 1),

@@ -82,7 +82,7 @@ def test_ranks_score_as_one_process_does(world: World, tmp_path: Path, count: in
                 assert found == wanted or abs(found - wanted) <= tolerance, (row.spec, name)
 
 
-@pytest.mark.parametrize("words", [("search", "--budget", "0.6"), ("distill",)])
+@pytest.mark.parametrize("words", [("search", "--budget", "0.6"), ("bench",)])
 def test_what_one_process_does_refuses_several(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
