@@ -174,6 +174,8 @@ def verdict(
     engine = ENGINES[name]
     if because := unsupported(engine, shape, architecture, rope):
         return Verdict(name, tuple(because))
+    if engine.gguf and written:
+        return Verdict(name)
     linear = any("linear" in (layer.attention.kind, layer.ffn.kind) for layer in architecture)
     changes = list(canonical(shape, architecture, engine.form(portable=False)).changes)
     # Empty layers and bare neighbours load where nothing else is asked for: `nas export` tidies them, but need not.
@@ -181,7 +183,7 @@ def verdict(
         changes = [change for change in changes if change.parameters > 0]
     if linear and engine.linear_name != linear_name:
         changes.append(_renamed(engine))
-    if engine.gguf and not written:
+    if engine.gguf:
         changes.append(Change("a GGUF file"))
     return Verdict(name, (), tuple(changes))
 
@@ -206,7 +208,10 @@ def unsupported(engine: Engine, shape: ModelShape, architecture: Architecture, r
         reasons.append("it drops the biases of FFNs")
     if engine.linear_name and shape.o_bias and any(layer.attention == linear_attention for layer in architecture):
         reasons.append("its linear attention has a bias where attentions have one")
-    if not engine.free_head_dim and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+    odd = shape.head_dim * shape.num_attention_heads != shape.hidden_size
+    if engine.gguf and odd and (shape.qkv_bias or shape.o_bias):
+        reasons.append("it takes biases of queries to be as many as hidden_size")
+    if not engine.free_head_dim and odd:
         reasons.append(f"it takes head_dim to be hidden_size / num_attention_heads, not {shape.head_dim}")
     if rope not in engine.ropes:
         reasons.append(f"it knows no rotary embedding of type {rope} in this form")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from blocks.canonical import Change, Rewrite, canonical
 from blocks.child.layout import expected_tensors, read_architecture, read_config
 from blocks.engines import ENGINES, Engine, Verdict, changes_json, engine_of, unsupported, verdict
-from blocks.errors import CheckpointError, ConfigError, UnsupportedModelError
+from blocks.errors import CheckpointError, ConfigError, NasError, UnsupportedModelError
 from blocks.families import CHILD_TYPE
 from blocks.files import remove_directory
 from blocks.shape import ModelShape
@@ -153,16 +153,32 @@ def verdicts(child: Child, written: bool = False) -> dict[str, Verdict]:
     found = {}
     for name, engine in ENGINES.items():
         found[name] = verdict(name, child.shape, child.architecture, child.rope, child.linear_name, written)
+        if engine.gguf and not found[name].because and (faults := _gguf_faults(child)):
+            found[name] = Verdict(name, tuple(faults))
         if not found[name].because and (missing := lacks(child, engine)):
             note = Change(f"config.json completed by {', '.join(missing)}")
             found[name] = Verdict(name, (), (note, *found[name].changes))
     return found
 
 
+def _gguf_faults(child: Child) -> list[str]:
+    """What of rotary embedding, activation and vocabulary no GGUF file can say."""
+    from blocks.gguf_export import gguf_obstacles
+    from blocks.gguf_vocabulary import read_vocabulary
+
+    faults = list(gguf_obstacles(dict(child.content)))
+    try:
+        read_vocabulary(child.path, child.shape.vocab_size)
+    except NasError as error:
+        faults.append(str(error))
+    return faults
+
+
 def plan_export(child: Child, to: str, portable: bool = True) -> Rewrite:
     """What `nas export` would do. Raises UnsupportedModelError, saying why, if the engine cannot serve the child."""
     engine = engine_of(to, "--to")
-    if because := unsupported(engine, child.shape, child.architecture, child.rope):
+    because = unsupported(engine, child.shape, child.architecture, child.rope)
+    if because := because or (_gguf_faults(child) if engine.gguf else []):
         raise UnsupportedModelError(f"{engine.title} cannot serve {child.path}: {'; '.join(because)}")
     return canonical(child.shape, child.architecture, engine.form(portable))
 
@@ -182,19 +198,13 @@ def export_child(child: Child, to: str, out: Path, reporter: Reporter, portable:
     """
     rewrite, engine = plan_export(child, to, portable), ENGINES[to]
     _check_target(child, out, engine.gguf)
-    directory = out.with_name(f".{out.name}.hf") if engine.gguf else out
     names = len(expected_tensors(rewrite.shape, rewrite.architecture))
-    try:
-        with reporter.task(f"Writing {out}", names) as advance:
-            _write(child, rewrite, directory, engine.linear_name, advance)
+    with reporter.task(f"Writing {out}", names) as advance:
         if engine.gguf:
-            from blocks.gguf_export import write_gguf
-
-            write_gguf(directory, out)
-        after = verdicts(open_child(directory), written=engine.gguf)
-    finally:
-        if engine.gguf and directory.exists():
-            remove_directory(directory)
+            _write_gguf(child, rewrite, out, advance)
+        else:
+            _write(child, rewrite, out, engine.linear_name, advance)
+    after = verdicts(child, written=True) if engine.gguf else verdicts(open_child(out))
     more = sum(change.parameters for change in rewrite.changes)
     return {
         "child": str(child.path),
@@ -227,6 +237,21 @@ def _write(child: Child, rewrite: Rewrite, out: Path, linear_name: str, advance:
     }
     rename = _renamed if linear_name else str
     write_child(out, child.path, rewrite.architecture, counted(), child.dtype, config=config, rename=rename)
+
+
+def _write_gguf(child: Child, rewrite: Rewrite, out: Path, advance: Callable[[], None]) -> None:
+    """The writer brings layers into llama.cpp's form itself; only mlx-lm's names need another directory on the way."""
+    from blocks.gguf_export import write_gguf
+
+    if not child.linear_name:
+        return write_gguf(child.path, out)
+    directory = out.with_name(f".{out.name}.hf")
+    try:
+        _write(child, rewrite, directory, "", advance)
+        write_gguf(directory, out)
+    finally:
+        if directory.exists():
+            remove_directory(directory)
 
 
 def _any_block(child: Child) -> Any:

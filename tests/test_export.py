@@ -9,12 +9,12 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from app import Result, nas, succeed
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA3_ROPE, spoil, tiny_llama
 from torch import Tensor
@@ -256,6 +256,7 @@ def test_what_engines_do_not_compute_is_unsupported_and_named() -> None:
     assert refusing(qkv_bias=True, o_bias=True) == {"trtllm"}
     assert refusing(mlp_bias=True) == {"sglang", "trtllm"}
     assert refusing(head_dim=32) == {"mlx"}
+    assert refusing(head_dim=32, qkv_bias=True, o_bias=True) == {"mlx", "trtllm", "llamacpp"}
     dynamic = {name for name, engine in ENGINES.items() if unsupported(engine, SHAPE, whole, "dynamic")}
     assert dynamic == {"llamacpp", "mlx"}
 
@@ -414,24 +415,39 @@ def test_an_export_is_whole_or_not_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_llama_cpp_gets_one_file_of_a_child_in_its_form(
-    children: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the writer is handed is canonical; what it writes is tested with it."""
-    seen: list[Architecture] = []
-
-    def write_gguf(child_dir: Path, out: Path) -> None:
-        seen.append(read_architecture(child_dir)[1])
-        out.write_bytes(b"GGUF")
-
-    stub = ModuleType("blocks.gguf_export")
-    stub.write_gguf = write_gguf  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "blocks.gguf_export", stub)
+def test_llama_cpp_gets_one_file_of_a_child_in_its_form(children: dict[str, Path], tmp_path: Path) -> None:
     made = export(children["uneven"], "llamacpp", tmp_path / "child.gguf")
-    assert seen == [Architecture.from_list(["attention:kv2+ffn:512", "attention:kv1+ffn:256"])]
-    assert made["engines"]["llamacpp"]["status"] == "ok"
+    fields = GGUFReader(tmp_path / "child.gguf").fields
+    arrays = [fields[f"deci.{name}"].contents() for name in ("attention.head_count_kv", "feed_forward_length")]
+    assert arrays == [[2, 1], [512, 256]] and fields["deci.block_count"].contents() == made["layers"]["after"] == 2
+    assert (
+        made["engines"]["llamacpp"]["status"] == "ok" and made["load"] == f"llama-server -m {tmp_path / 'child.gguf'}"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["child.gguf"]
     assert nas("export", children["uneven"], "--to", "llamacpp", "--out", tmp_path / "directory").code == 2
+
+
+def test_llama_cpp_gets_the_same_file_out_of_the_form_of_mlx(parent_dir: Path, tmp_path: Path) -> None:
+    layers = [WHOLE[0], LINEAR[1], WHOLE[2], WHOLE[3]]
+    write_child(tmp_path / "child", parent_dir, Architecture.from_list(layers), random_tensors(layers), "float32")
+    export(tmp_path / "child", "mlx", tmp_path / "mlx")
+    for source in ("child", "mlx"):
+        export(tmp_path / source, "llamacpp", tmp_path / f"{source}.gguf")
+    found = [
+        {t.name: t.data.tobytes() for t in GGUFReader(tmp_path / f"{name}.gguf").tensors} for name in ("child", "mlx")
+    ]
+    assert found[0] == found[1] and len(found[0]) > 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "child.gguf", "mlx", "mlx.gguf"]
+
+
+def test_a_vocabulary_that_llama_cpp_does_not_know_is_said_before_anything_is_written(child: Path) -> None:
+    tokenizer = json.loads((child / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}
+    (child / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found = verdicts(open_child(child))
+    assert found["llamacpp"].status == "unsupported" and "Unigram" in found["llamacpp"].text(4)
+    assert found["vllm"].status == "ok"
+    one_line(nas("export", child, "--to", "llamacpp", "--json"), "llama.cpp cannot serve", "Unigram")
 
 
 # The plugin.
