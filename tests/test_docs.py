@@ -16,8 +16,9 @@ MINIMUM = {"search": {"budget": 0.6}}  # a search needs a budget
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_worked_examples_of_the_memory_model_hold() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "memory.md").read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize("document", ["memory.md", "cluster.md"])
+def test_the_worked_examples_of_the_memory_model_hold(document: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / document).read_text(), flags=re.DOTALL)
     assert any("assert" in block for block in blocks)
     namespace: dict[str, object] = {}
     for block in blocks:
