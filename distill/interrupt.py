@@ -21,7 +21,8 @@ class HealingStopped(NasError):
 class StopRequest:
     """While entered, remembers SIGINT or SIGTERM in `signal_number` (0: none) instead of dying of it.
 
-    A second signal acts as usual, for the impatient. Outside the main thread, where Python allows no handlers,
+    A second Ctrl-C acts as usual, for the impatient. A second SIGTERM does not: schedulers and torchrun both send one, to the
+    same processes. Outside the main thread, where Python allows no handlers,
     it does nothing.
     """
 
@@ -42,8 +43,9 @@ class StopRequest:
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        self._restore()
+        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = self.signal_number or number
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

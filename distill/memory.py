@@ -21,6 +21,7 @@ from blocks.spec import Architecture, LayerSpec
 from distill.config import DistillConfig
 
 FP32 = 4
+MUON_AT_ONCE = 8  # `distill.muon.AT_ONCE`, which is not imported: it would bring torch along
 
 
 @dataclass(frozen=True)
@@ -167,5 +168,5 @@ def _muon(parent: ModelShape, child: Architecture, shards: int) -> int:
             numbers[shape] = numbers.get(shape, 0) + 1
     largest = max((rows * columns * count for (rows, columns), count in numbers.items()), default=0)
     if shards > 1:
-        largest = max((rows * columns for rows, columns in numbers), default=0) * shards
+        largest = max((rows * columns for rows, columns in numbers), default=0) * min(shards, MUON_AT_ONCE)
     return largest * (2 * FP32 + 4 * 2)

@@ -3,8 +3,8 @@
 `torch.optim.Muon` takes about twenty kernels a matrix, one after the other; a child of 30 layers has some 150 matrices of a
 handful of shapes, whose layers differ but mostly not in size. The numbers are torch's up to the order of sums.
 
-A matrix that is sharded over ranks (FSDP2) is brought together to be orthogonalised, as many at a time as there are ranks,
-one by each.
+A matrix that is sharded over ranks (FSDP2) is brought together to be orthogonalised: as many at a time as there are ranks,
+but no more than eight, one by each.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+AT_ONCE = 8
 
 
 class Muon(torch.optim.Muon):
@@ -68,21 +70,19 @@ def _orthogonalise_sharded(shards: list[Tensor], parameters: list[Tensor], how: 
     """This rank's shards of the orthogonalised matrices, whose shards are sharded as `parameters` (DTensors of one mesh) are."""
     mesh, placements = parameters[0].device_mesh, parameters[0].placements  # type: ignore[attr-defined]
     shape, stride = parameters[0].shape, parameters[0].stride()
-    rank, count = mesh.get_local_rank(), mesh.size()
+    rank, group = mesh.get_local_rank(), mesh.get_group()
     result = []
-    for start in range(0, len(shards), count):
-        some = shards[start : start + count]
+    for start in range(0, len(shards), min(mesh.size(), AT_ONCE)):
+        some = shards[start : start + min(mesh.size(), AT_ONCE)]
         whole = [
             DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
             for shard in some
         ]
-        own = whole[rank] if rank < len(whole) else torch.zeros_like(whole[0])
-        done = own.new_empty(count, *shape)
-        torch.distributed.all_gather_into_tensor(done, orthogonalise(own[None], *how).to(own.dtype), mesh.get_group())
-        result += [
-            distribute_tensor(matrix, mesh, placements, src_data_rank=None).to_local()
-            for matrix in done[: len(some)].unbind()
-        ]
+        if rank < len(whole):
+            whole[rank] = orthogonalise(whole[rank][None], *how)[0].to(whole[rank].dtype).contiguous()
+        for index, matrix in enumerate(whole):
+            torch.distributed.broadcast(matrix, group=group, group_src=index)
+            result.append(distribute_tensor(matrix, mesh, placements, src_data_rank=None).to_local())
     return result
 
 
