@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from test_ranks import run_ranks
 from blocks.errors import ConfigError, NasError
 from blocks.spec import Architecture
 from distill.config import DistillConfig
+from distill.interrupt import StopRequest
 from distill.progress import HealResult
 from distill.stages import Stage, heal_in_stages
 from distill.trainer import heal
@@ -222,3 +225,16 @@ def test_a_dataset_is_streamed_no_further_than_needed(monkeypatch: pytest.Monkey
     assert len(load_documents("some/dataset")) == 1000
     with pytest.raises(NasError, match="no column 'words'; set text_column to one of text"):
         load_documents("some/dataset", "words", 1000)
+
+
+def test_a_second_sigterm_changes_nothing_and_a_second_ctrl_c_does() -> None:
+    """torchrun and a scheduler may both send one; somebody at a keyboard means it."""
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal_number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
