@@ -79,8 +79,8 @@ def test_reads_what_datasets_saved(tmp_path: Path) -> None:
     ],
 )
 def test_dataset_ids(source: str, asked: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, config: str | None, split: str) -> Dataset:
-        assert (name, config, split) == asked
+    def load(name: str, config: str | None, split: str, streaming: bool) -> Dataset:
+        assert (name, config, split) == asked and not streaming
         return Dataset.from_dict({"text": ["row"]})
 
     monkeypatch.setattr("datasets.load_dataset", load)
