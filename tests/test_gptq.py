@@ -117,6 +117,13 @@ def test_what_comes_out_is_what_a_file_can_hold(format: Format) -> None:
     assert torch.equal(format.quantize(done.weight, done.scales).float(), done.codes.float())
 
 
+def test_blocks_change_nothing_but_the_order_of_sums() -> None:
+    weight, gram = random(ROWS, COLUMNS), gram_of(correlated())
+    for format in FORMATS["int4-g32"], FORMATS["nvfp4"]:
+        one, many = gptq(weight, gram, format, block=COLUMNS), gptq(weight, gram, format, block=40)
+        assert (one != many).float().mean() < 0.01
+
+
 def test_no_row_is_worse_than_rounding_to_nearest() -> None:
     """Greedy rounding loses now and then in a space this small: brute force says that the fallback is needed, and used."""
     format = Integer("int2", 2, scale_dtype=torch.float32)

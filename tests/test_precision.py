@@ -244,6 +244,12 @@ def test_a_row_of_nvfp4_by_hand() -> None:
     torch.testing.assert_close(done.weight[0, 16:18], torch.tensor([3.0, 0.25]))
 
 
+def test_the_divisor_has_the_last_bit_of_compressed_tensors() -> None:
+    amax = torch.tensor([1 / 7, 2 / 7, 4 / 7])  # quotients would be 18816, 9408, 4704
+    found = [FORMATS["nvfp4"].divisor(each).item() for each in amax]
+    assert found == [18815.998046875, 9407.9990234375, 4703.99951171875]
+
+
 def test_a_group_of_int4_by_hand() -> None:
     weight = torch.zeros(1, 32)
     weight[0, :6] = torch.tensor([7.5, -7.5, 1.5, 2.5, -0.5, 0.51])
