@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,3 +45,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A tiny parent, text, and runs done up to each stage."""
     directory = tmp_path_factory.mktemp("world")
     return build_world(directory, tiny_llama(directory / "parent", initializer_range=0.1, intermediate_size=768))
+
+
+@pytest.fixture
+def own_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child's model code is copied to where transformers keeps such code: here, not in the user's home, and for this test alone."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    package = "transformers_modules"
+    monkeypatch.setitem(
+        sys.modules, package, ModuleType(package)
+    )  # so that what stands there now comes back, or nothing
+    del sys.modules[package]

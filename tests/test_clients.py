@@ -40,11 +40,7 @@ def clients() -> ModuleType:
     return module
 
 
-@pytest.fixture(autouse=True)
-def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child's model code is copied to where transformers keeps such code: here, not in the user's home."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+pytestmark = pytest.mark.usefixtures("own_remote_code")
 
 
 def make_child(directory: Path, blocks: list[dict[str, Any]], **fields: Any) -> Path:

@@ -184,7 +184,8 @@ def published_checkpoint(directory: Path) -> tuple[Path, torch.Tensor]:
         return directory, model(torch.arange(12)[None]).logits
 
 
-def test_a_published_checkpoint_loads_with_our_model_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_remote_code")
+def test_a_published_checkpoint_loads_with_our_model_code(tmp_path: Path) -> None:
     source, logits = published_checkpoint(tmp_path / "published")
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
     said = succeed("import", source, "--run", tmp_path / "run")
@@ -198,8 +199,6 @@ def test_a_published_checkpoint_loads_with_our_model_code(tmp_path: Path, monkey
     assert config["block_configs"] == TINY_BLOCKS  # as they were, parallel_blocks included
     assert (config["num_key_value_heads"], config["intermediate_size"], config["eos_token_id"]) == (4, 1792, [2, 3])
     assert config["rope_scaling"]["rope_type"] == "llama3" and config["rope_theta"] == 500000.0
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
     model = AutoModelForCausalLM.from_pretrained(child, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules.")
     with torch.no_grad():
