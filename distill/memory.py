@@ -64,7 +64,7 @@ def healing_memory(
     table = parent.vocab_size * parent.hidden_size
     gradients = FP32 * learned // shards
     parts = {
-        "teacher": _teacher_bytes(parent, teacher_bytes, half, shards, needed=True),
+        "teacher": _teacher_bytes(parent, teacher_bytes, half, shards),
         "student": FP32 * learned // shards,
         "optimizer": FP32 * (2 * learned - (matrices if config.optimizer == "muon" else 0)) // shards,
     }
@@ -120,7 +120,7 @@ def _matrices(parent: ModelShape, layer: LayerSpec) -> int:
     return parent.layer_parameters(layer) - (2 - skipped) * parent.hidden_size
 
 
-def _teacher_bytes(parent: ModelShape, loaded: int, half: int, shards: int, needed: bool) -> int:
+def _teacher_bytes(parent: ModelShape, loaded: int, half: int, shards: int) -> int:
     """Its weights; and, loaded in fp32 for half precision, a rounded copy of its matrices and head besides."""
     weights = parent.parameters(parent.parent_architecture)
     matrices = parent.num_hidden_layers * _matrices(parent, parent.parent_layer)
@@ -140,9 +140,8 @@ def _is_empty(layer: LayerSpec) -> bool:
 def _layer_activations(parent: ModelShape, layer: LayerSpec, half: int) -> int:
     """Bytes a token: residual sums (fp32), normed inputs, q, k, v, attention's output, gate and up, their product."""
     hidden, heads, size = parent.hidden_size, parent.num_attention_heads, parent.head_dim
-    entering = (
-        hidden * (FP32 + half) + FP32
-    )  # the stream and the norm's scale, kept by the norm; the input of the matrices
+    # Kept by the norm: the stream and its scale; by the matrices: their input.
+    entering = hidden * (FP32 + half) + FP32
     attention = {
         "kv": entering + half * size * (heads + 2 * layer.attention.kv_heads) + half * heads * size + FP32 * heads,
         "linear": entering,

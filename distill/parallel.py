@@ -93,9 +93,8 @@ class Parallel:
     @torch.no_grad()
     def _bring(self, module: nn.Module) -> None:
         """Makes the parameters and buffers of `module` rank 0's, on this rank's device; those that are sharded stay."""
-        brought: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by the id of the old one, which is kept so that its id is not used anew
+        # By the id of the old one, which is kept so that its id is not used anew.
+        brought: dict[int, tuple[Tensor, Tensor]] = {}
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
                 for name, old in tensors.items():

@@ -2,7 +2,7 @@
 
     out_dir/metrics.jsonl            of all stages, each line with its `stage` if there are several
     out_dir/checkpoints, best        of the only stage; or
-    out_dir/1-kd/, out_dir/2-cpt/    of each of several
+    out_dir/1-kl/, out_dir/2-ce/     of each of several
 
 The stages of the published recipes: block-local (Puzzle, arXiv 2411.19146), distillation, continual pretraining on better
 text, and at the end the same at greater lengths (Llama-Nemotron, arXiv 2505.00949).

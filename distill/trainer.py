@@ -113,7 +113,7 @@ class _Healing:
     ) -> None:
         (teacher, student), (train_pack, texts) = pair, packs
         vocab_size = check_pair(teacher, student, config.objective)
-        self.config, self.out_dir = config, out_dir
+        self.config = config
         length = config.sequence_length
         self.train_stream = TokenStream(train_pack, length, vocab_size, "training pack")
         self.texts = {name: TokenStream(pack, length, vocab_size, f"{name} pack") for name, pack in texts.items()}
