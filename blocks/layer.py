@@ -9,6 +9,7 @@ Shapes: B sequences, S positions, D hidden_size, H heads, K KV heads, E head_dim
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,25 @@ LINEAR_ATTENTION = "self_attn.linear_attn.weight"
 LINEAR_FFN = "mlp.linear_mlp.weight"
 
 
+class RoundsInputs(ABC):
+    """Weights whose kernels round what they multiply (blocks/rounded.py)."""
+
+    @abstractmethod
+    def round_input(self, name: str, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class LayerMath:
-    """What a layer's forward needs beside its tensors: head_dim E, the RMSNorm epsilon, and the rotary tables [S, E]."""
+    """What a layer's forward needs beside its tensors: head_dim E, the RMSNorm epsilon, and the rotary tables [S, E].
+
+    `kv` is the dtype that keys and values are rounded to in the cache; None leaves them as they are computed.
+    """
 
     head_dim: int
     rms_norm_eps: float
     cos: Tensor
     sin: Tensor
+    kv: torch.dtype | None = None
 
     @classmethod
     def of(cls, config: Any, length: int, device: torch.device | str, dtype: torch.dtype) -> LayerMath:
@@ -56,6 +68,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def project(w: Weights, name: str, x: Tensor) -> Tensor:
+    if isinstance(w, RoundsInputs):
+        x = w.round_input(name, x)
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
@@ -79,10 +93,18 @@ def queries_keys_values(w: Weights, h: Tensor, math: LayerMath) -> tuple[Tensor,
     return heads("q"), heads("k"), heads("v")
 
 
+def round_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of that dtype gives them back; beyond its range cut to it, as engines do without scales."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype).to(x.dtype)
+
+
 def attention_context(w: Weights, h: Tensor, math: LayerMath) -> Tensor:
     """What o_proj reads: causal attention over h [B, S, D] -> [B, S, H*E]."""
     q, k, v = queries_keys_values(w, h, math)
     q, k = rotate(q, math), rotate(k, math)
+    if math.kv is not None:
+        k, v = round_cached(k, math.kv), round_cached(v, math.kv)
     shared = q.shape[1] // k.shape[1]
     if shared > 1:  # expanded here because not every sdpa kernel takes grouped heads in fp32
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)

@@ -76,6 +76,21 @@ class ModelShape:
             return hidden * hidden + hidden
         return 3 * hidden * spec.width + (2 * spec.width + hidden) * self.mlp_bias + hidden
 
+    def attention_matrices(self, spec: AttentionSpec) -> list[tuple[int, int]]:
+        """(outputs, inputs) of each matrix of an attention: what a precision applies to."""
+        hidden, q_out = self.hidden_size, self.num_attention_heads * self.head_dim
+        if spec.kind == "kv":
+            kv_out = spec.kv_heads * self.head_dim
+            return [(q_out, hidden), (kv_out, hidden), (kv_out, hidden), (hidden, q_out)]
+        return [(hidden, hidden)] if spec.kind == "linear" else []
+
+    def ffn_matrices(self, spec: FFNSpec) -> list[tuple[int, int]]:
+        """(outputs, inputs) of each matrix of an FFN."""
+        hidden = self.hidden_size
+        if spec.kind == "width":
+            return [(spec.width, hidden), (spec.width, hidden), (hidden, spec.width)]
+        return [(hidden, hidden)] if spec.kind == "linear" else []
+
     def layer_parameters(self, spec: LayerSpec) -> int:
         return self.attention_parameters(spec.attention) + self.ffn_parameters(spec.ffn)
 
@@ -115,7 +130,7 @@ def as_built(shape: ModelShape, architecture: Architecture) -> tuple[ModelShape,
 def _padded(ffn: FFNSpec) -> FFNSpec:
     if ffn.kind != "width":
         return ffn
-    return FFNSpec("width", rounded_width(ffn.width))
+    return replace(ffn, width=rounded_width(ffn.width))
 
 
 def rounded_width(width: int) -> int:

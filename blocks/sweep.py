@@ -23,6 +23,7 @@ from blocks.activations import Activations, copy_stream
 from blocks.fit import tf32_products
 from blocks.layer import LayerMath, Weights, layer_forward, rms_norm
 from blocks.ranks import ALONE, Ranks
+from blocks.rounded import RoundedWeights
 from blocks.weights import EMBEDDING, FINAL_NORM
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class Sweep:
         return self._computing(weights)
 
     def _computing(self, weights: Weights) -> Weights:
+        if isinstance(weights, RoundedWeights):
+            return weights.to(self.dtype)
         return {name: tensor.to(self.dtype) for name, tensor in weights.items()}
 
     def _count(self, stored: Weights) -> None:

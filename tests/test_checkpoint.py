@@ -242,7 +242,7 @@ def test_damaged_children_are_refused(parent_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"marquetry_format": 2}, "written by a newer version"),
+        ({"marquetry_format": 3}, "written by a newer version"),
         ({"model_type": "llama"}, "is of model_type 'llama', not a child"),
         ({"block_configs": None}, "has no block_configs"),
         ({"num_hidden_layers": 79}, "80 entries for num_hidden_layers = 79"),

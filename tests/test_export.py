@@ -304,7 +304,8 @@ def test_a_tensor_of_another_dtype_is_one_line(child: Path) -> None:
 
 
 def test_a_configuration_of_a_newer_version_is_one_line_wherever_it_is_read(child: Path) -> None:
-    assert configuration_decilm.FORMAT == layout.FORMAT == config_of(child)["marquetry_format"]
+    assert configuration_decilm.FORMAT == layout.FORMAT
+    assert config_of(child)["marquetry_format"] == layout.FORMAT_OF_BF16
     change_config(child, marquetry_format=layout.FORMAT + 1)
     for command in (("check", child), ("export", child, "--to", "vllm", "--out", child.parent / "out")):
         one_line(nas(*command), "newer version", "pip install -U marquetry")

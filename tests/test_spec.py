@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,26 @@ def test_ffn_width_as_engines_compute_it() -> None:
     assert ffn_width(5.25, 8192) == 28672  # Llama-3.3-70B: int(2 * 5.25 * 8192 / 3) = 28672
     assert ffn_width(1.3125, 8192) == 7168
     assert ffn_width(1.0, 8192) == 5632  # 5461 channels, rounded up to a multiple of 256
+
+
+@pytest.mark.parametrize(
+    "text", ["attention:kv1@fp8+ffn:768@nvfp4", "attention:linear@int8+ffn:skip", "attention:skip+ffn:linear@int4-g32"]
+)
+def test_precisions_have_a_text_form(text: str) -> None:
+    layer = LayerSpec.parse(text)
+    assert str(layer) == text
+    assert str(layer.structure) == re.sub(r"@[a-z0-9-]+", "", text)
+    assert layer.structure.at(layer.attention.precision, layer.ffn.precision) == layer
+
+
+@pytest.mark.parametrize("text", ["attention:skip@fp8+ffn:768", "attention:kv1@+ffn:768", "attention:kv1@FP 8+ffn:768"])
+def test_what_is_no_precision_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="precision"):
+        LayerSpec.parse(text)
+
+
+def test_an_architecture_names_its_precisions() -> None:
+    layers = Architecture.from_list(["attention:kv1@fp8+ffn:768", "attention:skip+ffn:skip"])
+    assert layers.precisions == ["bf16", "fp8"]
+    assert layers.at("nvfp4").to_list() == ["attention:kv1@nvfp4+ffn:768@nvfp4", "attention:skip+ffn:skip"]
+    assert layers.structure.precisions == ["bf16"]

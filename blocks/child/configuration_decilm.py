@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
-FORMAT = 1  # of `marquetry_format`; a larger one was written by a newer version
+FORMAT = 2  # of `marquetry_format`; a larger one was written by a newer version
 WIDTH_MULTIPLE = 256
 ATTENTION_KEYS = {
     "n_heads_in_group",  # query heads per KV head

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from blocks.errors import CheckpointError
 from blocks.families import CHILD_TYPE, family_of, read_sizes
 from blocks.shape import ModelShape, as_built, ffn_mult
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,7 +26,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_decilm.DeciLMConfig",
     "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
 }
-FORMAT = 1  # of `marquetry_format` in config.json: raised when an older reader would misread a newer child
+FORMAT = 2  # of `marquetry_format` in config.json: raised when an older reader would misread a newer child
+FORMAT_OF_BF16 = 1  # what a child without `marquetry_precisions` says
 COPIED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -136,9 +137,12 @@ def child_config(
         block_configs=[_block_config(shape, layer) for layer in built],
         architectures=["DeciLMForCausalLM"],
         dtype=dtype,
-        marquetry_format=FORMAT,
+        marquetry_format=FORMAT_OF_BF16,
     )
     config.auto_map = dict(AUTO_MAP)
+    if built.precisions not in ([], [BF16]):
+        config.marquetry_format = FORMAT
+        config.marquetry_precisions = [[layer.attention.precision, layer.ffn.precision] for layer in built]
     return config
 
 
@@ -150,7 +154,7 @@ def published_config(content: Mapping[str, Any]) -> DeciLMConfig:
     """
     config = _parse(content, "the configuration")
     config.auto_map, config.architectures = dict(AUTO_MAP), ["DeciLMForCausalLM"]
-    config.marquetry_format = FORMAT
+    config.marquetry_format = FORMAT_OF_BF16
     return config
 
 
@@ -226,11 +230,27 @@ def _parse(content: Mapping[str, Any], where: str) -> DeciLMConfig:
     if not isinstance(content.get("block_configs"), list):
         raise CheckpointError(f"{where} has no block_configs")
     try:
-        return DeciLMConfig(**content)
+        config = DeciLMConfig(**content)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+    precisions = content.get("marquetry_precisions")
+    if precisions is not None and not _is_pairs(precisions, config.num_hidden_layers):
+        raise CheckpointError(
+            f'{where}: marquetry_precisions must be one [attention, ffn] a layer, such as ["fp8", "bf16"]'
+        )
+    return config
+
+
+def _is_pairs(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair) for pair in value)
+    )
 
 
 def _layer_spec(config: DeciLMConfig, layer: int) -> LayerSpec:
     attention = AttentionSpec(config.attention_kind(layer), config.kv_heads(layer))
-    return LayerSpec(attention, FFNSpec(config.ffn_kind(layer), config.width(layer)))
+    spec = LayerSpec(attention, FFNSpec(config.ffn_kind(layer), config.width(layer)))
+    precisions = getattr(config, "marquetry_precisions", None)
+    return spec if precisions is None else spec.at(*precisions[layer])
