@@ -451,7 +451,37 @@ def test_the_benchmark_runs_small(
         "mild",
         "half",
         "deep",
+        *(f"{share} {kind}" for share in ("mild", "half", "deep") for kind in ("contiguous", "fused")),
     ]
     for text in ("| ffn:1024 |", "| deep |", "error of plain means", "largest error of a child", "tokens/s predicted"):
         assert text in said
+    assert "deep: layers 2-5 without attention, FFNs 2-4 fused to 768 channels" in said
+    table = said.partition("x unfused: prefill | decode | request |")[2]
+    rows = {cells[0]: cells for line in table.splitlines() if (cells := line.strip("| ").split(" | "))[0]}
+    assert [label for label in rows if rows[label][-1].endswith(" x") and len(rows[label]) == 11] == [
+        f"{share} fused" for share in ("mild", "half", "deep")
+    ]
+    for share in ("mild", "half", "deep"):  # a fused child against its unfused one, not against the parent
+        fused, unfused = (float(rows[f"{share} {kind}"][3].removesuffix(" x")) for kind in ("fused", "contiguous"))
+        assert float(rows[f"{share} fused"][8].removesuffix(" x")) == pytest.approx(fused / unfused, rel=2e-3)
+    sys.modules.pop("clocks")
+
+
+def test_the_benchmark_fuses_children_of_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import clocks
+
+    shape, scenario = clocks.LLAMA_8B, Scenario(batch=16, context=2048)
+    costs, children = CostModel(shape, scenario), clocks.children_of(load_space("default"), shape, scenario, None)
+    for share, bare in (("mild", 6), ("half", 16), ("deep", 22)):
+        made, unfused, fused = (children[name] for name in (share, f"{share} contiguous", f"{share} fused"))
+        skipped = [index for index, layer in enumerate(unfused) if layer.attention.kind == "skip"]
+        assert skipped == list(range(28 - bare, 28)) and all(layer.ffn.kind == "width" for layer in unfused)
+        sizes = [costs.cost(child).total_bytes for child in (made, unfused, fused)]
+        assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+        assert sizes[1] - sizes[2] == (bare - 2) * 4096 * 2  # all norms but one of the fused FFNs
+        assert [fused[index] for index in range(27, 32)] == [unfused[index] for index in range(27, 32)]
+        assert fused[28 - bare].ffn.width == sum(unfused[index].ffn.width for index in skipped[:-1])
+    short = clocks.runs_of(children["half contiguous"], 4)
+    assert short == [(12, 13, 14, 15), (16, 17, 18, 19), (20, 21, 22, 23), (24, 25, 26)]
     sys.modules.pop("clocks")
