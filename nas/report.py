@@ -5,10 +5,11 @@
 
 Keys of report.json: KL is in nats per token, a size in bytes unless it is named gb (1e9 bytes), null where nothing is known.
 
-    run, parent, scenario, limits, clock, budget_bytes, formula, optimum, warnings, seconds    as in architecture.json
+    run, parent, scenario, precisions, kv_dtype, limits, clock, budget_bytes, formula, optimum, warnings, seconds    as in architecture.json
     models      parent, child, baselines, healed child, children of a sweep's other budgets: name, kind, cost, layers, kl, kl_se (calibration text), heldout
     points      every child measured, the parent and the baselines among them, once each
-    map         columns, parts (rows), the parts of each architecture, and the share of the parent's bytes that a part keeps
+    map         columns, parts (rows), the parts of each architecture, and the share of the parent's bytes that a part keeps;
+                precisions: the number formats of each part with their bits per weight, null where all is bf16
     scores      the score table by candidate and layer, with the chosen candidate of each layer
     finalists   KL of each over healing tokens;  made: score.json;  eval: eval.json, without models that changed since
     learning    held-out evaluations over healing tokens, with other_texts, training and stages (nas/report_metrics.py)
@@ -25,12 +26,14 @@ from typing import Any
 from blocks.errors import CheckpointError
 from blocks.files import save_json, save_text
 from nas.eval_table import of_run
+from nas.format_words import baseline_name
 from nas.report_layers import map_of, scores_of
 from nas.report_metrics import healing_of
 
 FORMAT = 1
-BASELINES = ("uniform", "depth-contiguous", "depth-score", "random")
-AS_THEY_ARE = ("parent", "scenario", "clock", "budget_bytes", "formula", "optimum", "warnings", "seconds")
+AS_THEY_ARE = (
+    "parent", "scenario", "precisions", "kv_dtype", "clock", "budget_bytes", "formula", "optimum", "warnings", "seconds"
+)  # fmt: skip
 
 
 def write_report(directory: Path, out: Path | None = None) -> dict[str, Any]:
@@ -122,11 +125,14 @@ def _models(found: dict[str, Any], results: dict[str, Any]) -> list[dict[str, An
     baselines = dict(found.get("baselines") or {})
     if "uniform" not in baselines and found.get("uniform_layers"):
         baselines["uniform"] = {"layers": found["uniform_layers"], "cost": found.get("uniform_cost")}
-    for name, baseline in baselines.items():
-        model = _model(name, name, baseline, baseline.get("cost"), heldout.get(name))
+    for kind, baseline in baselines.items():
+        name = baseline_name(kind, baseline.get("layers"))
+        model = _model(name, kind, baseline, baseline.get("cost"), heldout.get(kind))
         if model["kl"] is None:
-            model["kl"], model["kl_se"] = _measured(found, baseline.get("layers"), name)
+            model["kl"], model["kl_se"] = _measured(found, baseline.get("layers"), kind)
         models.append(model)
+    if alone := found.get("fp8_alone"):  # of a search on a table alone
+        models.append(_model("parent in fp8", "parent-uniform-precision", alone, alone, None))
     healed = next((row for row in results.get("rows") or [] if row.get("name") == "child after healing"), None)
     if healed:
         models.append(_model("child after healing", "healed", {}, found.get("cost"), healed))
@@ -208,11 +214,8 @@ def _points(found: dict[str, Any], models: list[dict[str, Any]]) -> list[dict[st
         add("parent", "parent", {**parent["cost"], "kl": 0.0, "predicted_kl": 0.0})
     for index, trial in enumerate(found.get("trials") or []):
         number = trial.get("number", index)
-        add(
-            f"trial {number}, {trial.get('origin', 'unknown')}",
-            trial.get("origin", "unknown"),
-            {**trial, "number": number},
-        )
+        origin = trial.get("origin", "unknown")
+        add(f"trial {number}, {baseline_name(origin, trial.get('layers'))}", origin, {**trial, "number": number})
     for index, step in enumerate(found.get("path") or []):
         step = {**step, "total_bytes": step.get("total_bytes", step.get("budget_bytes"))}
         add(f"path step {index + 1}", "path", step)

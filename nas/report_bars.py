@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nas.format_words import UNIFORM
 from nas.report_charts import style
-from nas.report_frame import HEIGHT, WIDTH, X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker
+from nas.report_frame import CHARACTER, HEIGHT, WIDTH, X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker
 from nas.report_svg import (
     Markup,
     Scale,
@@ -30,6 +31,7 @@ KINDS = (
     ("reserve_bytes", "b-reserve", "reserve"),
 )
 BAR, GAP, NAMES = 24.0, 12.0, 128.0
+LETTERS = 11.5  # their size
 
 
 def budget(report: dict[str, Any]) -> Markup:
@@ -40,7 +42,8 @@ def budget(report: dict[str, Any]) -> Markup:
     limit = (report["limits"].get("memory") or {}).get("high") or report["budget_bytes"]
     largest = max([model["cost"]["total_bytes"] for model in models] + ([limit] if limit else []))
     unit, factor = byte_unit(largest)
-    x = Scale(0, largest / factor * 1.02, NAMES, WIDTH - 72)
+    longest = max((len(model["name"]) for model in models if model["kind"] in UNIFORM), default=0)
+    x = Scale(0, largest / factor * 1.02, max(NAMES, 12 + CHARACTER * LETTERS * longest), WIDTH - 72)
     top = 24.0
     bottom = top + len(models) * (BAR + GAP)
     parts = [_byte_axis(x, top, bottom, unit)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from nas.format_words import UNIFORM
 from nas.report_frame import TOP, X_RANGE, Y_RANGE, chart_frame, error_bar, legend, marker, place_labels
 from nas.report_svg import Markup, Scale, element, join, line, linear_scale, log_scale, polyline, svg, text
 from nas.report_words import KL_LABEL, about_point, estimate
@@ -26,9 +27,11 @@ ORIGINS = {
     "depth-contiguous": ("up", "o-base", "depth-contiguous"),
     "depth-score": ("down", "o-base", "depth-score"),
     "random": ("plus", "o-base", "random"),
+    "parent-uniform-precision": ("diamond", "o-base", "parent in one format"),
+    "child-uniform-precision": ("circle", "o-base", "best structure in one format"),
 }
 OTHER = ("circle", "o-other")
-NAMED = ("parent", "uniform", "depth-contiguous", "depth-score", "random")  # beside their points
+NAMED = ("parent", "uniform", "depth-contiguous", "depth-score", "random", *UNIFORM)  # beside their points
 
 
 def style(origin: str) -> tuple[str, str, str]:
@@ -170,7 +173,7 @@ def _names(
 ) -> Markup:
     """The names of the parent, the child and the baselines, beside their points."""
     named = [
-        (x(p[key]), y(p["kl"]), "child" if p["child"] else p["origin"])
+        (x(p[key]), y(p["kl"]), "child" if p["child"] else _words(p))
         for p in points
         if p["child"] or p["origin"] in NAMED
     ]
@@ -184,10 +187,17 @@ def _names(
     )
 
 
+def _words(point: dict[str, Any]) -> str:
+    """Its origin; of a baseline in one number format, which one it is ("trial 5, parent in fp8")."""
+    return str(point["name"].rpartition(", ")[2] if point["origin"] in UNIFORM else point["origin"])
+
+
 def _entries(points: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """The legend of what is there: origins in a fixed order, then the child and finalists."""
-    there = {p["origin"] for p in points if not p["child"]}
-    entries = list(dict.fromkeys(style(o) for o in [*ORIGINS, *sorted(there - ORIGINS.keys())] if o in there))
+    there = {p["origin"]: p for p in points if not p["child"]}
+    origins = [origin for origin in [*ORIGINS, *sorted(there.keys() - ORIGINS.keys())] if origin in there]
+    named = {origin: _words(there[origin]) for origin in origins if origin in UNIFORM}
+    entries = list(dict.fromkeys((*style(o)[:2], named.get(o, style(o)[2])) for o in origins))
     if any(p["child"] for p in points):
         entries.append(("star", "o-child", "the child"))
     if any(p["finalist"] for p in points):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from blocks.spec import BF16
 from nas import report_bars, report_charts, report_healing, report_maps, report_tables
+from nas.format_words import UNIFORM
 from nas.report_style import style_sheet
 from nas.report_svg import Markup, element, join, plain
 from nas.report_words import estimate, size_text
@@ -148,7 +150,14 @@ def _sentence(report: dict[str, Any]) -> str:
         uniform, _ = _best_known_kl(report, _by_kind(report, "uniform"))
         if uniform is not None:
             words.append(f"; a uniform child of this budget has {uniform:.3g}")
+        words += [f"; the {name} {kl:.3g}" for name, kl in _in_one_format(report, where)]
     return "".join(words) + "."
+
+
+def _in_one_format(report: dict[str, Any], where: str) -> list[tuple[str, float]]:
+    """The baselines in one number format that were measured on the same text."""
+    found = [(m["name"], *_best_known_kl(report, m)) for m in report["models"] if m["kind"] in UNIFORM]
+    return [(name, kl) for name, kl, text in found if kl is not None and text == where]
 
 
 def _short_name(parent: str | None) -> str:
@@ -166,7 +175,7 @@ def _best_known_kl(report: dict[str, Any], model: dict[str, Any] | None) -> tupl
 
 
 def _facts(report: dict[str, Any]) -> str:
-    scenario = report["scenario"] or {}
+    scenario = (report["scenario"] or {}) | ({"kv_dtype": report["kv_dtype"]} if report["kv_dtype"] else {})
     names = {"batch": "batch {}", "context": "context {:,}", "prompt": "prompt {:,}", "output": "output {:,}", "tp": "tensor parallel over {}", "weight_dtype": "weights {}", "kv_dtype": "KV {}"}  # fmt: skip
     facts = [f"parent {report['parent']}"] if report["parent"] else []
     facts += [
@@ -174,6 +183,8 @@ def _facts(report: dict[str, Any]) -> str:
         for key, words in names.items()
         if scenario.get(key) is not None and (key, scenario[key]) != ("tp", 1)
     ]
+    if set(report["precisions"] or []) - {BF16}:
+        facts.append(f"number formats searched: {', '.join(report['precisions'])}")
     if report["clock"]:
         facts.append(f"clock: {report['clock']['name']}{estimate(report)}")
     if report["seconds"] is not None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from blocks.errors import ConfigError
+from blocks.shape import ModelShape
+from nas.format_words import by_structure, costs_of, formats_told, mean_bits, taken_apart
 
 
 def map_of(found: dict[str, Any], models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Columns (layers), parts (rows of the map) and, by model, the candidates of each part, column by column."""
+    """Columns (layers), parts (rows of the map) and, by model, the candidates of each part, column by column.
+
+    Candidates are structures, so that colours say what is kept of heads and channels; their number formats are in
+    `precisions`, in the same order, with each format's bits per weight. That is None where all is bf16.
+    """
     layers = found.get("layers")
     if not layers:
         return None
@@ -20,36 +25,53 @@ def map_of(found: dict[str, Any], models: list[dict[str, Any]]) -> dict[str, Any
     for finalist in found.get("finalists") or []:
         if finalist.get("layers") and finalist["layers"] not in shown.values():
             shown[f"finalist {finalist['name']}"] = finalist["layers"]
-    cells = {name: _cells(names, groups, columns) for name, names in shown.items()}
+    whole = {name: _cells(names, groups, columns) for name, names in shown.items()}
+    cells = {name: _each(rows, 0) for name, rows in whole.items()}
     parts = list(dict.fromkeys(part for rows in cells.values() for part in rows))
     names = {name for rows in cells.values() for row in rows.values() for name in row if name is not None}
     kept, by = _kept(found, sorted(names))
-    return {"columns": columns, "parts": parts, "models": cells, "kept": kept, "kept_by": by}
+    precisions = _precisions(found, shown, {name: _each(rows, 1) for name, rows in whole.items()})
+    drawn = {"columns": columns, "parts": parts, "models": cells, "kept": kept, "kept_by": by}
+    return drawn | {"precisions": precisions}
 
 
-def _cells(names: list[str], groups: list[Any], columns: list[str]) -> dict[str, list[str | None]]:
-    """{"attention": ["attention:kv3", ...], "ffn": [...]}; a joint name of a layer is taken apart if it is ours."""
-    rows: dict[str, list[str | None]] = {}
+def _each(rows: dict[str, list[tuple[str | None, str | None]]], which: int) -> dict[str, list[str | None]]:
+    return {part: [cell[which] for cell in row] for part, row in rows.items()}
+
+
+def _precisions(
+    found: dict[str, Any], shown: dict[str, list[str]], models: dict[str, dict[str, list[str | None]]]
+) -> dict[str, Any] | None:
+    """Number formats of every model's parts, with the bits of those of all models."""
+    shape = ModelShape(**found["shape"]) if found.get("shape") else None
+    layers = [layer for names in shown.values() for layer in names]
+    try:
+        formats = formats_told(layers, shape)
+        means = {} if shape is None or not formats else {name: mean_bits(own, shape) for name, own in shown.items()}
+    except ConfigError:  # of a table from elsewhere, a format that cannot hold what it is said to
+        formats, means = formats_told(layers), {}
+    return {"formats": formats, "models": models, "mean_bits": means} if formats else None
+
+
+def _cells(names: list[str], groups: list[Any], columns: list[str]) -> dict[str, list[tuple[str | None, str | None]]]:
+    """{"attention": [("attention:kv3", "fp8"), ...], "ffn": [...]}; a joint name of a layer is taken apart if it is ours."""
+    rows: dict[str, list[tuple[str | None, str | None]]] = {}
     for name, (column, part) in zip(names, groups, strict=True):
         attention, plus, ffn = name.partition("+")
         ours = plus and attention.startswith("attention:") and ffn.startswith("ffn:")
         for row, candidate in {"attention": attention, "ffn": ffn}.items() if ours else ((part, name),):
-            rows.setdefault(row, [None] * len(columns))[columns.index(str(column))] = candidate
+            rows.setdefault(row, [(None, None)] * len(columns))[columns.index(str(column))] = taken_apart(candidate)
     return rows
 
 
 def _kept(found: dict[str, Any], names: list[str]) -> tuple[dict[str, float], str | None]:
     """The share of the parent's bytes (or else heads and channels) that each candidate keeps, and by what that is told."""
     if "kept" in found:
-        return found["kept"], "bytes"
+        return by_structure(found["kept"]), "bytes"
     if found.get("shape") and found.get("scenario"):
-        from blocks.shape import ModelShape
         from blocks.spec import AttentionSpec, FFNSpec
-        from nas.costs import CostModel, Scenario
 
-        known = {field.name for field in fields(Scenario)}
-        scenario = Scenario(**{key: value for key, value in found["scenario"].items() if key in known})
-        costs = CostModel(ModelShape(**found["shape"]), scenario)
+        costs = costs_of(found)
         try:
             return {
                 name: costs.kept(AttentionSpec.parse(name) if name.startswith("attention") else FFNSpec.parse(name))
@@ -93,7 +115,12 @@ def scores_of(path: Path, found: dict[str, Any]) -> dict[str, Any] | None:
     kinds = list(dict.fromkeys(attention for attention, _ in rows))
     rows = {key: rows[key] for key in sorted(rows, key=lambda key: kinds.index(key[0]))}
     names = [f"{attention}+{ffn}" for attention, ffn in rows]
-    layers = found.get("layers") or []
     told = [{"attention": attention, "ffn": ffn, "cells": cells} for (attention, ffn), cells in rows.items()]
-    chosen = [names.index(layer) if layer in names else None for layer in layers]
+    chosen = [_place(names, layer) for layer in found.get("layers") or []]
     return {"layers": len(table), "rows": told, "chosen": chosen}
+
+
+def _place(names: list[str], layer: str) -> int | None:
+    """The row of a layer, or else of its structure: scores of structure and of precision are apart."""
+    structure = "+".join(taken_apart(name)[0] for name in layer.split("+"))
+    return next((names.index(name) for name in (layer, structure) if name in names), None)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from nas.report_frame import legend
+from nas.report_precisions import format_legend, marks, row_names, rows_height
 from nas.report_svg import Markup, Scale, element, join, number, plain, svg, text, title
 from nas.report_words import byte_unit
 
@@ -31,12 +32,12 @@ def architecture(report: dict[str, Any]) -> Markup:
         buttons.append(element("input", type="radio", name="map", id=f"map-{index}", class_="pick", **checked))
         buttons.append(element("label", _short(name), for_=f"map-{index}"))
         panes.append(element("div", _large(report, name, width), class_=f"pane pane-{index}"))
-    left = [_row_names(report["map"]["parts"]), *(_strip_name(report, name) for name in names)]
+    left = [_row_names(report), *(_strip_name(report, name) for name in names)]
     right = [*panes, *(_strip(report, name, width) for name in names)]
     rows = element(
         "div", element("div", *left, class_="rows"), element("div", *right, class_="scroll", tabindex="0"), class_="map"
     )
-    return join(element("div", *buttons, rows, class_="picker"), _share_legend(report))
+    return join(element("div", *buttons, rows, class_="picker"), _share_legend(report), format_legend(report))
 
 
 def _short(name: str) -> str:
@@ -87,16 +88,21 @@ def _large(report: dict[str, Any], name: str, width: float) -> Markup:
                 label = text(x + width / 2, y + CELL / 2 + 4, _label(candidate), "", "middle")
                 tip = title(_about(report, columns[index], candidate))
                 drawn.append(element("g", box, label, tip, class_=f"cell {_level(report, candidate)}"))
-    height = HEAD + len(parts) * (CELL + 3) + 4
+    bottom = HEAD + len(parts) * (CELL + 3)
+    drawn.append(marks(report, name, width, bottom))
+    height = bottom + rows_height(report) + 4
     return svg(len(columns) * width, height, f"architecture of {name}", *drawn, fixed=True)
 
 
-def _row_names(parts: list[str]) -> Markup:
+def _row_names(report: dict[str, Any]) -> Markup:
+    parts = report["map"]["parts"]
+    bottom = HEAD + len(parts) * (CELL + 3)
     words = {"attention": "attention", "ffn": "FFN"}
     drawn = [text(NAMES, 14, "layer", "tick", "end")]
     for row, part in enumerate(parts):
         drawn.append(text(NAMES, HEAD + row * (CELL + 3) + CELL / 2 + 4, words.get(part, part), "name", "end"))
-    return svg(NAMES + 4, HEAD + len(parts) * (CELL + 3) + 4, "rows of the map", *drawn, fixed=True)
+    drawn.append(row_names(report, NAMES, bottom))
+    return svg(NAMES + 4, bottom + rows_height(report) + 4, "rows of the map", *drawn, fixed=True)
 
 
 def _strip(report: dict[str, Any], name: str, width: float) -> Markup:
@@ -109,7 +115,8 @@ def _strip(report: dict[str, Any], name: str, width: float) -> Markup:
                 tip = title(f"{name}, {_about(report, columns[index], candidate)}")
                 place = {"x": index * width + 1, "y": 4 + row * (STRIP + 1), "width": width - 2, "height": STRIP}
                 drawn.append(element("rect", tip, class_=f"cell {_level(report, candidate)}", rx=2, **place))
-    return svg(len(columns) * width, _strip_height(parts), f"architecture of {name}, small", *drawn, fixed=True)
+    drawn.append(marks(report, name, width, 4 + len(parts) * (STRIP + 1), small=True))
+    return svg(len(columns) * width, _strip_height(report), f"architecture of {name}, small", *drawn, fixed=True)
 
 
 def _strip_name(report: dict[str, Any], name: str) -> Markup:
@@ -121,7 +128,7 @@ def _strip_name(report: dict[str, Any], name: str) -> Markup:
     if model and (model["cost"] or {}).get("total_bytes"):
         unit, factor = byte_unit(model["cost"]["total_bytes"])
         facts.append(f"{model['cost']['total_bytes'] / factor:.3g} {unit}")
-    height = _strip_height(report["map"]["parts"])
+    height = _strip_height(report)
     healed = next((f["heal"] for f in report["finalists"] if name == f"finalist {f['name']}"), None)
     if healed:
         facts.append(f"healed to KL {healed[-1]['kl']:.3g}")
@@ -131,8 +138,8 @@ def _strip_name(report: dict[str, Any], name: str) -> Markup:
     return svg(NAMES + 4, height, name, *drawn, fixed=True)
 
 
-def _strip_height(parts: list[str]) -> float:
-    return max(30.0, 8 + len(parts) * (STRIP + 1))
+def _strip_height(report: dict[str, Any]) -> float:
+    return max(30.0, 8 + len(report["map"]["parts"]) * (STRIP + 1) + rows_height(report, small=True))
 
 
 def _share_legend(report: dict[str, Any]) -> Markup:

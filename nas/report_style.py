@@ -172,6 +172,8 @@ text.strong{fill:var(--ink)}
 .cell.k0 text{fill:var(--muted);stroke:none}
 .cell.k1 text,.cell.k2 text,.cell.k3 text{fill:var(--on-low)}
 .cell.k4 text,.cell.k5 text{fill:var(--on-high)}
+.p-track{fill:var(--grid)}.p-bf16{fill:var(--fixed)}.p-fp8{fill:var(--pool)}.p-int8{fill:var(--ink)}.p-nvfp4{fill:var(--path)}.p-nvfp4a16{fill:var(--swap)}
+.p-int4{fill:var(--optimum)}.p-int4-g32{fill:var(--variant)}.p-other{fill:var(--muted)}
 .s-own{fill:none;stroke:var(--rule)}
 .chosen{fill:none;stroke:var(--accent);stroke-width:2}
 .bar{display:flex;flex-wrap:wrap;align-items:center;gap:4px 20px}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from blocks.errors import ConfigError
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, AttentionSpec, FFNSpec
-from nas.costs import CostModel, Scenario
 from nas.eval_table import eval_table, of_run, render
+from nas.format_words import UNIFORM, baseline_name, bits_text, by_structure, costs_of, formats_told
 from nas.limits import UNITS, cost_field, in_words
 from nas.run import Run
 from nas.table import load_table
@@ -32,8 +33,9 @@ def render_run(run: Run, shape: ModelShape, console: Console) -> None:
         console.print(scores_summary(run))
     if run.has("architecture.json"):
         found = run.read("architecture.json", "search")
-        costs = CostModel(shape, Scenario(**found["scenario"]))
-        console.print(architecture_map(Architecture.load(run.path("architecture.json")), costs, console.width))
+        costs = costs_of({**found, "shape": asdict(shape)})
+        architecture = Architecture.load(run.path("architecture.json"))
+        console.print(architecture_map(architecture, costs, console.width, shape))
         console.print(limit_lines(found))
         healed = run.read("results.json", "distill") if run.has("results.json") else {}
         # Results of an earlier search stay until the new child is healed; they are not this child's.
@@ -92,30 +94,70 @@ class _Kept:
     shares: dict[str, float]
 
     def kept(self, spec: AttentionSpec | FFNSpec) -> float:
-        return self.shares[str(spec)]
+        return by_structure(self.shares)[str(spec)]
 
 
-def architecture_map(architecture: Architecture, costs: Keeps, width: int) -> RenderableType:
-    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's bytes kept.
+def architecture_map(
+    architecture: Architecture, costs: Keeps, width: int, shape: ModelShape | None = None
+) -> RenderableType:
+    """One column a layer, two rows (attention, FFN), coloured by the share of the parent's bytes that the structure keeps.
 
-    `width` is that of the terminal in characters; what does not fit goes on below.
+    Where any number format but bf16 is used, a third row has a mark for each attention and each FFN. `width` is that of the
+    terminal in characters; what does not fit goes on below. `shape` tells how many bits scales take.
     """
     lines: list[RenderableType] = []
+    formats = _formats(architecture, shape)
+    marks = dict(zip((format["name"] for format in formats), _marks(formats), strict=True))
     columns = max(1, (width - 10) // 5)
     for start in range(0, len(architecture), columns):
         part = range(start, min(start + columns, len(architecture)))
-        header, attention, ffn = Text("layer     "), Text("attention "), Text("ffn       ")
+        header, attention, ffn, inside = (Text(f"{name:<10}") for name in ("layer", "attention", "ffn", "in formats"))
         for index in part:
             spec = architecture[index]
             header.append(f"{index:>4} ", style="dim")
-            attention.append(*_cell(_attention_label(spec.attention), costs.kept(spec.attention)))
-            ffn.append(*_cell(_ffn_label(spec.ffn), costs.kept(spec.ffn)))
-        lines += [header, attention, ffn]
+            attention.append(*_cell(_attention_label(spec.attention), costs.kept(spec.attention.structure)))
+            ffn.append(*_cell(_ffn_label(spec.ffn), costs.kept(spec.ffn.structure)))
+            inside.append(" ").append(*_mark(spec.attention, marks)).append(" ").append(*_mark(spec.ffn, marks)).append(
+                " "
+            )
+        lines += [header, attention, ffn, *([inside] if formats else [])]
     legend = Text("attention: KV heads, ffn: channels, lin: one matrix, -: skipped; share kept: ")
     for (_, colour), label in zip(SHADES, ("none", "to 1/3", "to 2/3", "below all", "all"), strict=True):
         legend.append(f" {label} ", style=f"white on {colour}")
         legend.append(" ")
-    return Group(*lines, legend)
+    return Group(*lines, legend, *([_format_legend(formats, marks)] if formats else []))
+
+
+MARKS = {"bf16": "b", "fp8": "8", "int8": "i", "nvfp4": "n", "nvfp4a16": "w", "int4": "4", "int4-g32": "g"}
+FORMAT_COLOURS = {"bf16": "grey50", "fp8": "dodger_blue1", "int8": "default", "nvfp4": "green", "nvfp4a16": "gold3", "int4": "medium_purple", "int4-g32": "magenta"}  # fmt: skip
+
+
+def _formats(architecture: Architecture, shape: ModelShape | None) -> list[dict[str, Any]]:
+    try:
+        return formats_told(architecture.to_list(), shape)
+    except ConfigError:  # of a table from elsewhere: a format that cannot hold what it is said to
+        return formats_told(architecture.to_list())
+
+
+def _marks(formats: list[dict[str, Any]]) -> list[str]:
+    """A letter of each; capitals for those not known here."""
+    unknown = (chr(ord("A") + place) for place in range(26))
+    return [MARKS.get(format["name"]) or next(unknown, "?") for format in formats]
+
+
+def _mark(spec: AttentionSpec | FFNSpec, marks: dict[str, str]) -> tuple[str, str]:
+    if spec.kind == "skip":
+        return "-", "dim"
+    return marks.get(spec.precision, ""), f"bold {FORMAT_COLOURS.get(spec.precision, 'default')}"
+
+
+def _format_legend(formats: list[dict[str, Any]], marks: dict[str, str]) -> Text:
+    legend = Text("in formats: attention, ffn; ")
+    for place, format in enumerate(formats):
+        legend.append("; " if place else "")
+        legend.append(marks[format["name"]], style=f"bold {FORMAT_COLOURS.get(format['name'], 'default')}")
+        legend.append(f" {format['name']}, {bits_text(format['bits'])}, {format['subblocks']} of them")
+    return legend
 
 
 def _attention_label(spec: AttentionSpec) -> str:
@@ -136,8 +178,8 @@ def search_lines(found: dict[str, Any], width: int) -> RenderableType:
     """A search on the terminal: the map, the limits and how it ended, the table."""
     parts: list[RenderableType] = []
     if "shape" in found:
-        costs = CostModel(ModelShape(**found["shape"]), Scenario(**found["scenario"]))
-        parts.append(architecture_map(Architecture.from_list(found["layers"]), costs, width))
+        costs = costs_of(found)
+        parts.append(architecture_map(Architecture.from_list(found["layers"]), costs, width, costs.shape))
     elif all(name.startswith("attention:") and "+ffn:" in name for name in found["layers"]) and "kept" in found:
         parts.append(architecture_map(Architecture.from_list(found["layers"]), _Kept(found["kept"]), width))
     else:
@@ -200,8 +242,26 @@ def limit_lines(found: dict[str, Any]) -> RenderableType:
             f"{'':<11}child from {found['origin']}: predicted {found['predicted_kl']:.4f}, true KL {found['kl']:.4f}{error} on calibration text, "
             f"best of {len(found['trials'])} measured"
         )
+    lines += _format_lines(found)
     lines += [f"warning    {warning}" for warning in found.get("warnings", [])]
     return Text("\n".join(lines))
+
+
+def _format_lines(found: dict[str, Any]) -> list[str]:
+    """The dtype of the KV cache where it was searched, and the baselines in one number format, a line each."""
+    chosen = found.get("kv_dtype")
+    lines = [f"{'KV cache':<11}{chosen}"] if chosen and chosen != found["scenario"]["kv_dtype"] else []
+    for kind, baseline in (found.get("baselines") or {}).items():
+        if kind in UNIFORM:
+            size, error = baseline["cost"]["total_bytes"], baseline.get("kl_se")
+            over = found.get("budget_bytes") is not None and size > found["budget_bytes"]
+            told = "not measured" if baseline.get("kl") is None else f"true KL {baseline['kl']:.4f}"
+            told += "" if error is None else f" +- {error:.4f}"
+            name = baseline_name(kind, baseline["layers"])
+            lines.append(
+                f"{'baseline':<11}{name}: {in_words('memory', size)}{', over the budget' if over else ''}, {told}"
+            )
+    return lines
 
 
 def _price(name: str, price: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -17,14 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_page import Node, axis, marks, read_page
 from report_run import MadeUp
+from rich.console import Console
 
 from blocks.errors import CheckpointError
+from blocks.spec import LayerSpec
 from nas.report import collect, write_report
 from nas.report_charts import front
 from nas.report_html import FIGURES
 from nas.report_style import DARK, LIGHT, SCORES, ramp
 from nas.report_svg import Scale, element, plain
 from nas.report_words import spearman
+from nas.show import search_lines
 
 NAMES = {figure.name for figure in FIGURES}
 
@@ -660,3 +664,168 @@ def test_text_can_be_read_and_sequences_are_ordered_by_lightness(palette: dict[s
         assert lightness == sorted(lightness, reverse=name == "light")
     for marker in ("optimum", "pool", "path", "swap", "variant", "base"):
         assert contrast(palette[marker], palette["card"]) >= 3, marker
+
+
+# Number formats
+
+
+def in_formats(layers: list[str]) -> list[str]:
+    """Attentions in fp8; FFNs in nvfp4, every third in bf16."""
+    made = [LayerSpec.parse(layer).at("fp8", "bf16" if n % 3 == 0 else "nvfp4") for n, layer in enumerate(layers)]
+    return [str(layer) for layer in made]
+
+
+def with_formats(run: Path, **more: Any) -> dict[str, Any]:
+    """Gives a made-up run number formats, and the baselines that come with them; returns what was there before."""
+    found: dict[str, Any] = json.loads((run / "architecture.json").read_text())
+    parent, child = [["attention:kv3+ffn:1536"] * 30, found["layers"]]
+    kl = {"kl": 0.0123, "kl_se": 0.0004}
+    baselines = found["baselines"] | {
+        "parent-uniform-precision": {"layers": [str(LayerSpec.parse(x).at("fp8")) for x in parent], "cost": found["cost"], **kl},
+        "child-uniform-precision": {"layers": [str(LayerSpec.parse(x).at("int8")) for x in child], "cost": found["cost"], **kl},
+    }  # fmt: skip
+    facts = {"layers": in_formats(child), "precisions": ["bf16", "fp8", "nvfp4"], "kv_dtype": "float16"}
+    scenario = found["scenario"] | {"kv_dtype": "bfloat16,float16"}
+    change(run, **{"baselines": baselines, "scenario": scenario, **facts, **more})
+    return found
+
+
+def test_nothing_is_drawn_of_formats_where_all_is_bf16(told: tuple[dict[str, Any], Node]) -> None:
+    report, page = told
+    assert report["map"]["precisions"] is None and report["precisions"] is report["kv_dtype"] is None
+    assert page.all("g", "precision") == [] and "ormat" not in page.by_id("map").text
+    assert "KV bfloat16" in page.text and "formats" not in page.text
+
+
+def test_every_attention_and_every_ffn_has_a_mark_as_high_as_its_bits(run: Path) -> None:
+    before = with_formats(run)
+    report, page = page_of(run)
+    layers = [LayerSpec.parse(layer) for layer in before["layers"]]
+    kv = [layer.attention.kv_heads for layer in layers]
+    widths = [layer.ffn.width for layer in layers]
+    assert 0 in kv and 0 in widths[1::3] + widths[2::3]  # skips, which have no mark
+
+    # By hand: fp8 has a 2-byte scale for each of the outputs, nvfp4 one byte for 16 weights and 8 bytes a matrix.
+    fp8 = nvfp4 = (0, 0)
+    for heads in filter(None, kv):
+        outputs = 576 + 2 * 64 * heads + 576
+        fp8 = fp8[0] + 576 * outputs + 2 * outputs, fp8[1] + 576 * outputs
+    for width in (width for n, width in enumerate(widths) if n % 3 and width):
+        nvfp4 = nvfp4[0] + 3 * (576 * width * 9 // 16 + 8), nvfp4[1] + 3 * 576 * width
+    child = report["map"]["precisions"]
+    bits = {format["name"]: format["bits"] for format in child["formats"]}
+    assert sorted(bits) == [
+        "bf16",
+        "fp8",
+        "int8",
+        "nvfp4",
+    ]  # of all models: the parent in fp8, the best structure in int8
+    assert bits["bf16"] == 16 and bits["nvfp4"] == pytest.approx(8 * nvfp4[0] / nvfp4[1])
+    assert bits["fp8"] == pytest.approx(8 + 16 / 576, abs=0.02)  # down matrices of the baseline have other inputs
+    bf16 = sum(3 * 576 * width for n, width in enumerate(widths) if n % 3 == 0)
+    mean = 8 * (fp8[0] + nvfp4[0] + 2 * bf16) / (fp8[1] + nvfp4[1] + bf16)
+    assert child["mean_bits"]["child before healing"] == pytest.approx(mean)
+    assert f"{mean:.3g} bits a weight in the mean" in page.by_id("map").text
+
+    (pane,) = page.by_id("map").all("div", "pane-0")
+    marks = pane.all("g", "precision")
+    expected = [f"layer {n}, attention in fp8" for n, heads in enumerate(kv) if heads]
+    expected += [f"layer {n}, FFN in {'nvfp4' if n % 3 else 'bf16'}" for n, width in enumerate(widths) if width]
+    assert [mark.all("title")[0].text.partition(":")[0] for mark in marks] == expected
+    for mark in marks:
+        track, bar = mark.all("rect")
+        name = mark.attributes["data-format"]
+        assert bar.attributes["class"] == f"p-{name}"
+        ratio = float(bar.attributes["height"]) / float(track.attributes["height"])
+        assert ratio == pytest.approx(bits[name] / 16, abs=1e-3)
+        ends = [float(node.attributes["y"]) + float(node.attributes["height"]) for node in (track, bar)]
+        assert ends[0] == pytest.approx(ends[1])  # both stand on one line
+    entries = [entry.text for entry in page.by_id("map").all("li")]
+    assert {"bf16: 16 bits a weight", "nvfp4: 4.5 bits a weight", "fp8: 8.02 bits a weight"} < set(entries)
+    drawing = pane.all("svg")[0]
+    lowest = max(float(r.attributes["y"]) + float(r.attributes["height"]) for r in drawing.all("rect"))
+    assert lowest <= float(drawing.attributes["height"])
+    small = [node for node in page.by_id("map").all("svg") if "child before healing, small" in node.attributes.get("aria-label", "")]  # fmt: skip
+    assert len(small[0].all("g", "precision")) == len(marks)
+
+
+def test_colours_and_scores_know_structures_alone(run: Path, told: tuple[dict[str, Any], Node]) -> None:
+    with_formats(run, kv_dtype="bfloat16")
+    report, page = page_of(run)
+    plain_report, plain_page = told
+    kept = report["map"]["kept"]
+    assert kept == {name: plain_report["map"]["kept"][name] for name in kept}
+    classes = [[cell.attributes["class"] for cell in p.by_id("map").all("div", "pane-0")[0].all("g", "cell")] for p in (page, plain_page)]  # fmt: skip
+    assert classes[0] == classes[1]
+    labels = [[cell.text for cell in p.by_id("map").all("div", "pane-0")[0].all("text")] for p in (page, plain_page)]
+    assert labels[0] == labels[1]
+    assert report["scores"]["chosen"] == plain_report["scores"]["chosen"]
+    assert None not in report["scores"]["chosen"]
+
+
+def test_the_baselines_in_one_format_are_named(run: Path) -> None:
+    with_formats(run)
+    report, page = page_of(run)
+    names = {model["kind"]: model["name"] for model in report["models"]}
+    assert names["parent-uniform-precision"] == "parent in fp8"
+    assert names["child-uniform-precision"] == "best structure in int8"
+    table = page.by_id("results").all("table")[0]
+    rows = {row.all("th")[0].text: [cell.text for cell in row.all("td")] for row in table.all("tr")}
+    assert rows["parent in fp8"][2] == rows["best structure in int8"][2] == "0.0123 ± 0.0004"
+    for name in ("pareto", "speed"):
+        figure = page.by_id(name)
+        assert {"parent in fp8", "best structure in int8"} < {entry.text for entry in figure.all("li")}
+        assert {"parent in fp8", "best structure in int8"} < {mark for mark, _, _ in marks(figure)}
+        assert "parent in fp8" in [label.text for label in figure.all("text", "name")]
+    assert "number formats searched: bf16, fp8, nvfp4" in page.text and "KV float16" in page.text
+    bars = page.by_id("budget")
+    label = next(node for node in bars.all("text", "name") if node.text == "best structure in int8")
+    assert float(label.attributes["x"]) - 0.57 * 11.5 * len(label.text) >= 0  # not cut off at the left
+
+
+def test_a_trial_of_such_a_baseline_is_named_as_it_is(run: Path) -> None:
+    found = with_formats(run)
+    trials = found["trials"]
+    trials[3] |= {"origin": "parent-uniform-precision", "layers": ["attention:kv3@int4-g32+ffn:1536@int4-g32"] * 30}
+    change(run, trials=trials)
+    report, page = page_of(run)
+    assert "trial 3, parent in int4-g32" in [point["name"] for point in report["points"]]
+    assert "parent in int4-g32" in [entry.text for entry in page.by_id("history").all("li")]
+
+
+def test_a_format_from_a_newer_version_is_drawn_all_the_same(run: Path) -> None:
+    with_formats(run, layers=["attention:kv3@mx9+ffn:1536@fp8"] * 30)
+    report, page = page_of(run)
+    (unknown,) = [format for format in report["map"]["precisions"]["formats"] if format["name"] == "mx9"]
+    assert unknown["bits"] is None and report["map"]["precisions"]["mean_bits"]["child before healing"] is None
+    assert "mx9: bits not known here" in [entry.text for entry in page.by_id("map").all("li")]
+    assert page.by_id("map").all("rect", "p-other")
+
+
+def terminal(found: dict[str, Any], width: int = 200) -> list[str]:
+    limits = {"memory": found["limits"]["memory"]}  # made-up limits have units that only the page shows
+    shown = {key: value for key, value in found.items() if key != "heldout"} | {"limits": limits, "predicted_kl": 0.5}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(search_lines(shown, width))
+    return console.export_text().splitlines()
+
+
+def test_the_terminal_marks_formats_layer_by_layer(run: Path) -> None:
+    before = with_formats(run)
+    lines = terminal(json.loads((run / "architecture.json").read_text()))
+    plain_lines = terminal(before)
+    row = next(line for line in lines if line.startswith("in formats"))[10:]
+    cells = [row[place : place + 5].split() for place in range(0, 150, 5)]
+    for n, (layer, cell) in enumerate(zip(before["layers"], cells, strict=True)):
+        spec = LayerSpec.parse(layer)
+        ffn = "-" if spec.ffn.kind == "skip" else "n" if n % 3 else "b"
+        assert cell == ["-" if spec.attention.kind == "skip" else "8", ffn]
+    for name in ("attention", "ffn"):  # what is kept is drawn as ever
+        assert [line for line in lines if line.startswith(name)] == [x for x in plain_lines if x.startswith(name)]
+    told = next(line for line in lines if line.startswith("in formats: "))
+    count = sum("skip" not in layer.split("+")[0] for layer in before["layers"])
+    assert f"8 fp8, 8.03 bits a weight, {count} of them" in told and "n nvfp4, 4.5 bits a weight" in told
+    assert any(re.match(r"baseline +parent in fp8: .* GB, true KL 0\.0123 \+- 0\.0004", line) for line in lines)
+    assert any(re.match(r"baseline +best structure in int8: ", line) for line in lines)
+    assert any(re.match(r"KV cache +float16$", line.rstrip()) for line in lines)
+    assert not any("format" in line or "KV cache" in line or line.startswith("baseline") for line in plain_lines)
