@@ -2,7 +2,8 @@
 
 Layer by layer on the child's own stream, o_proj and down_proj are refitted by ridge towards their present values so that
 the child's residual stream returns to the parent's: first after the attention, then after the FFN. Errors that earlier
-layers left are corrected by the layers that follow. No gradient step; about four forward passes.
+layers left are corrected by the layers that follow; so are those of rounding, since the stream is that of the rounded child.
+No gradient step; about four forward passes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from blocks.fit import Statistics
 from blocks.layer import LayerMath, Weights, add_subblock, attention_input, ffn_input, has_ffn
+from blocks.rounded import RoundedWeights, round_layer
+from blocks.spec import LayerSpec
 from blocks.sweep import Sweep
 
 Read = Callable[[Weights, Tensor, LayerMath], tuple[str, Tensor] | None]
@@ -28,6 +31,8 @@ def refit_sweep(
     tokens: Tensor,
     pseudo_tokens: float,
     on_layer: Callable[[int], None] | None = None,
+    specs: Sequence[LayerSpec] | None = None,
+    kv: torch.dtype | None = None,
 ) -> list[dict[str, Tensor]]:
     """Refits an assembled child on token ids [N, S] and returns its new layers.
 
@@ -40,52 +45,77 @@ def refit_sweep(
         tokens: the fitting text.
         pseudo_tokens: how strongly the present values hold, in tokens of typical channel energy.
         on_layer: told each finished layer.
+        specs: of the child's layers, if any of them is to be rounded. What is returned is not.
+        kv: dtype of the child's KV cache; None is that of the computation.
     """
+    served = sweep.of(child, kv)
     parent_stream = sweep.embed(tokens, torch.float32)
     stream = parent_stream
     refitted: list[dict[str, Tensor]] = []
     for (index, original), own in zip(sweep.layers(sweep.parent.shape.layers), child, strict=True):
-        if stream is parent_stream and index not in changed:
+        if stream is parent_stream and index not in changed and kv is None:
             refitted.append(dict(own))
             stream = parent_stream = sweep.forward(original, parent_stream)
         else:
-            new, stream, parent_stream = _refit_layer(sweep, dict(own), original, stream, parent_stream, pseudo_tokens)
+            target = _targets(sweep, original, parent_stream)
+            new, spec = dict(own), None if specs is None else specs[index]
+            stream = _refit_layer(served, new, spec, stream, target, pseudo_tokens)
+            parent_stream = target[1]
             refitted.append(new)
         if on_layer is not None:
             on_layer(index)
     return refitted
 
 
-def _refit_layer(
-    sweep: Sweep, own: dict[str, Tensor], original: Weights, stream: Tensor, parent_stream: Tensor, pseudo_tokens: float
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """One layer; returns its new tensors and the child's and the parent's streams after it."""
-    math = sweep.math(stream.shape[1])
-    target_middle, target = sweep.empty_like(stream), sweep.empty_like(stream)
+def _targets(sweep: Sweep, original: Weights, parent_stream: Tensor) -> tuple[Tensor, Tensor]:
+    """The parent's streams after the attention and after the whole of one layer."""
+    math = sweep.math(parent_stream.shape[1])
+    middle, end = sweep.empty_like(parent_stream), sweep.empty_like(parent_stream)
     with sweep.fast_products():
         for batch, (h,) in sweep.read(parent_stream):
-            middle = add_subblock(original, h, attention_input(original, h, math))
-            sweep.store.write(target_middle, batch, middle)
-            sweep.store.write(target, batch, add_subblock(original, middle, ffn_input(original, middle, math)))
-    for read, goal in ((attention_input, target_middle), (ffn_input, target)):
+            after = add_subblock(original, h, attention_input(original, h, math))
+            sweep.store.write(middle, batch, after)
+            sweep.store.write(end, batch, add_subblock(original, after, ffn_input(original, after, math)))
+    return middle, end
+
+
+def _refit_layer(
+    sweep: Sweep,
+    own: dict[str, Tensor],
+    spec: LayerSpec | None,
+    stream: Tensor,
+    targets: tuple[Tensor, Tensor],
+    pseudo_tokens: float,
+) -> Tensor:
+    """Refits one layer in `own`; returns the child's stream after it."""
+    for read, goal in zip((attention_input, ffn_input), targets, strict=True):
         if read is attention_input and not has_ffn(own):
-            goal = target  # with no FFN behind it, the attention answers for the whole layer
-        stream = _refit_subblock(sweep, own, read, stream, goal, pseudo_tokens)
-    return own, stream, target
+            goal = targets[1]  # with no FFN behind it, the attention answers for the whole layer
+        stream = _refit_subblock(sweep, own, spec, read, stream, goal, pseudo_tokens)
+    return stream
 
 
 def _refit_subblock(
-    sweep: Sweep, own: dict[str, Tensor], read: Read, stream: Tensor, goal: Tensor, pseudo_tokens: float
+    sweep: Sweep,
+    own: dict[str, Tensor],
+    spec: LayerSpec | None,
+    read: Read,
+    stream: Tensor,
+    goal: Tensor,
+    pseudo_tokens: float,
 ) -> Tensor:
     """Refits the last matrix of one subblock in `own`, if it has one, so that the stream behind it becomes `goal`."""
     math = sweep.math(stream.shape[1])
+    served = own if spec is None else round_layer(own, spec)
     statistics, name = None, ""
     for _, (h, wanted) in sweep.read(stream, goal):
         with sweep.fast_products():
-            last = read(own, h, math)
+            last = read(served, h, math)
         if last is None:
             return stream
         name, inputs = last
+        if isinstance(served, RoundedWeights):
+            inputs = served.round_input(name, inputs)
         if statistics is None:
             statistics = Statistics(inputs.shape[-1], stream.shape[-1], sweep.device)
         statistics.add(inputs, wanted - h - own.get(f"{name}.bias", 0))
@@ -93,8 +123,9 @@ def _refit_subblock(
     matrix = own[f"{name}.weight"]
     fitted = statistics.reduce(sweep.ranks).solve(matrix.T, pseudo_tokens)
     own[f"{name}.weight"] = fitted.T.to(matrix.dtype)
+    served = own if spec is None else round_layer(own, spec)
     moved = sweep.empty_like(stream)
     with sweep.fast_products():
         for batch, (h,) in sweep.read(stream):
-            sweep.store.write(moved, batch, add_subblock(own, h, read(own, h, math)))
+            sweep.store.write(moved, batch, add_subblock(served, h, read(served, h, math)))
     return moved

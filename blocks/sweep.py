@@ -43,6 +43,7 @@ class Sweep:
         activations: where streams lie; None for the device.
         ranks: who shares the sequences.
         child: layers of a child that are run in place of the parent's; embedding, final norm and head are the parent's.
+        kv: dtype that keys and values are rounded to, as they lie in a cache; None leaves them as they are.
         bytes_read: how much this sweep, and what `at` made of it, has read of the parent's weights so far.
     """
 
@@ -54,17 +55,18 @@ class Sweep:
     activations: Activations | None = None
     ranks: Ranks = ALONE
     child: Sequence[Weights] | None = None
+    kv: torch.dtype | None = None
     _kept: dict[str, Weights] = field(default_factory=dict, repr=False)  # as stored, shared by every dtype
-    _math: dict[tuple[int, torch.dtype], LayerMath] = field(default_factory=dict, repr=False)
+    _math: dict[tuple[int, torch.dtype, torch.dtype | None], LayerMath] = field(default_factory=dict, repr=False)
     _counted: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def at(self, dtype: torch.dtype, tokens_per_batch: int | None = None) -> Sweep:
         """This sweep computing in another precision, over the same tensors."""
         return replace(self, dtype=dtype, tokens_per_batch=tokens_per_batch or self.tokens_per_batch)
 
-    def of(self, child: Sequence[Weights]) -> Sweep:
-        """The same sweep over a child, given as the tensors of each of its layers."""
-        return replace(self, child=child)
+    def of(self, child: Sequence[Weights], kv: torch.dtype | None = None) -> Sweep:
+        """The same sweep over a child, given as the tensors of each of its layers, and the dtype of its KV cache."""
+        return replace(self, child=child, kv=kv)
 
     @property
     def store(self) -> Activations:
@@ -151,9 +153,9 @@ class Sweep:
 
     def math(self, length: int) -> LayerMath:
         """Rotary tables for sequences of `length` tokens."""
-        key = length, self.dtype
+        key = length, self.dtype, self.kv
         if key not in self._math:
-            self._math[key] = LayerMath.of(self.parent.config, length, self.device, self.dtype)
+            self._math[key] = replace(LayerMath.of(self.parent.config, length, self.device, self.dtype), kv=self.kv)
         return self._math[key]
 
     def batches(self, stream: Tensor) -> Iterator[slice]:

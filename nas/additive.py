@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from blocks.errors import ConfigError, InfeasibleBudgetError
 from blocks.spec import Architecture, LayerSpec
@@ -15,6 +16,9 @@ from nas.costs import CostModel
 from nas.limits import Bound, as_limits, infeasible
 from nas.solve import Problem, Solution, solve, solve_pool
 from nas.table import ScoreRow
+
+if TYPE_CHECKING:
+    from nas.precisions import PrecisionScores
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,22 @@ class Candidates:
         table: rows by layer; only those that the scenario's GPUs can share are choices.
         costs: prices.
         bounds: on the whole child.
+        precisions: what of the scores is of the candidates' precisions; None where all are bf16.
     """
 
     table: list[list[ScoreRow]]
     costs: CostModel
     bounds: tuple[Bound, ...]
+    precisions: PrecisionScores | None = None
 
     @classmethod
-    def of(cls, table: list[list[ScoreRow]], costs: CostModel, bounds: Sequence[Bound]) -> Candidates:
+    def of(
+        cls,
+        table: list[list[ScoreRow]],
+        costs: CostModel,
+        bounds: Sequence[Bound],
+        precisions: PrecisionScores | None = None,
+    ) -> Candidates:
         """Leaves out what `tp` GPUs cannot share. Raises ConfigError if a layer then has nothing left."""
         kept = [[row for row in rows if costs.divides(row.spec)] for rows in table]
         if not all(kept):
@@ -41,11 +53,20 @@ class Candidates:
                 f"--tp {costs.scenario.tp}: no candidate of layer {kept.index([])} can be shared by so many GPUs ({heads[0]} query and "
                 f"{heads[1]} KV heads, {costs.shape.intermediate_size} channels); use a divisor of them"
             )
-        return cls(kept, costs, tuple(bounds))
+        return cls(kept, costs, tuple(bounds), precisions)
 
     @cached_property
     def specs(self) -> list[list[LayerSpec]]:
         return [[row.spec for row in rows] for rows in self.table]
+
+    @cached_property
+    def structures(self) -> list[list[LayerSpec]]:
+        """The candidates without their precisions, each once."""
+        return [list(dict.fromkeys(spec.structure for spec in specs)) for specs in self.specs]
+
+    def rounding(self, layer: int, spec: LayerSpec) -> float:
+        """What of a candidate's score is that of its precisions, nats per token."""
+        return 0.0 if self.precisions is None else self.precisions.of(layer, spec, self.costs.scenario.kv_dtype)
 
     @cached_property
     def scores(self) -> list[list[float]]:
@@ -84,7 +105,7 @@ class Candidates:
             if bound.high is not None:
                 at_start = max(cost.total(bound.name), bound.high)
                 moved.append(Bound(bound.name, None, round(at_start + progress * (bound.high - at_start))))
-        return Candidates(self.table, self.costs, tuple(moved))
+        return Candidates(self.table, self.costs, tuple(moved), self.precisions)
 
     def choice(self, architecture: Architecture) -> tuple[int, ...]:
         """Indices into the table. Raises KeyError for an architecture of other candidates."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from blocks.checkpoint import write_child
 from blocks.layer import Weights
 from blocks.library import BlockLibrary, LayerLibrary
 from blocks.refit import refit_sweep
+from blocks.rounded import round_layer
 from blocks.spec import Architecture, LayerSpec
 from blocks.sweep import Sweep
 from nas.exact import kl_to_parent
@@ -23,10 +26,19 @@ KEPT_BYTES = 4 << 30  # of the block library, kept on the device while children 
 
 @dataclass
 class Child:
-    """An assembled child: its architecture and the tensors of each layer."""
+    """An assembled child.
+
+    Attributes:
+        layers: the tensors of each layer, not rounded: what is written, and what is healed.
+    """
 
     architecture: Architecture
     layers: list[Weights]
+
+    @cached_property
+    def served(self) -> list[Weights]:
+        """The same in the precisions of the architecture."""
+        return [round_layer(weights, spec) for weights, spec in zip(self.layers, self.architecture, strict=True)]
 
 
 @dataclass
@@ -38,6 +50,7 @@ class Assembler:
         verify_tokens: token ids [N, S] of calibration text, for true KL.
         pseudo_tokens: of the refit sweep; None for no refit.
         build: puts candidates that a child needs into the library, where it does not hold all.
+        kv: dtype of the children's KV cache; None is that of the computation.
     """
 
     sweep: Sweep
@@ -47,6 +60,7 @@ class Assembler:
     pseudo_tokens: float | None
     reporter: Reporter
     build: Callable[[Architecture], None] | None = None
+    kv: torch.dtype | None = None
     _hidden: Tensor | None = None
     _opened: dict[int, LayerLibrary] = field(default_factory=dict, repr=False)
 
@@ -68,23 +82,26 @@ class Assembler:
 
     def assemble(self, architecture: Architecture, description: str = "", refit: bool = True) -> Child:
         """Takes each layer from the library and, unless switched off, runs the refit sweep."""
+        structure = architecture.structure
         if self.build is not None:
-            self.build(architecture)
+            self.build(structure)
         parent = self.sweep.parent.shape.parent_layer
         changed = [index for index, spec in enumerate(architecture) if spec != parent]
         layers: list[Weights] = [self.sweep.layer(index) for index in range(len(architecture))]
-        for index in changed:
-            layers[index] = self.candidates_of(index, architecture[index]).layer_weights(architecture[index])
+        for index, spec in enumerate(structure):
+            if spec != parent:
+                layers[index] = self.candidates_of(index, spec).layer_weights(spec)
         if self.pseudo_tokens is None or not changed or not refit:
             return Child(architecture, layers)
         with self.reporter.task(f"Refitting {description}", len(layers)) if description else nullcontext() as advance:
             told = (lambda _: advance()) if advance is not None else None
-            refitted = refit_sweep(self.sweep, layers, changed, self.fit_tokens, self.pseudo_tokens, told)
+            text, hold = self.fit_tokens, self.pseudo_tokens
+            refitted = refit_sweep(self.sweep, layers, changed, text, hold, told, architecture.layers, self.kv)
         return Child(architecture, list(refitted))
 
     def true_kl(self, child: Child, rows: slice = slice(None)) -> Tensor:
         """KL(parent || child) of each sequence of the verification text, or of some of them [N], nats per token."""
-        hidden = self.sweep.of(child.layers).run(self.verify_tokens[rows])
+        hidden = self.sweep.of(child.served, self.kv).run(self.verify_tokens[rows])
         return kl_to_parent(self.sweep, self.parent_hidden[rows], [hidden])[0]
 
     def write(self, child: Child, path: Path, dtype: str) -> None:

@@ -4,6 +4,11 @@ uniform            the same candidate in every layer, no skips
 depth-contiguous   whole layers left out, one run of them (as in Minitron, arXiv 2407.14679, and ShortGPT, arXiv 2403.03853)
 depth-score        whole layers left out, those of the lowest scores first
 random             a random choice, moved into the limits by random changes
+
+and, where precisions are searched,
+
+parent-uniform-precision   the parent in the one format that hurts least
+child-uniform-precision    the best structure in the one format that then hurts least
 """
 
 from __future__ import annotations
@@ -11,12 +16,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from blocks.errors import InfeasibleBudgetError
 from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
 from nas.additive import Candidates
+from nas.solve import Limit, Problem, solve
 
-BASELINES = ("uniform", "depth-contiguous", "depth-score", "random")
+PARENT_PRECISION, CHILD_PRECISION = "parent-uniform-precision", "child-uniform-precision"
+BASELINES = ("uniform", "depth-contiguous", "depth-score", "random", PARENT_PRECISION, CHILD_PRECISION)
 EMPTY = LayerSpec(AttentionSpec("skip"), FFNSpec("skip"))
 ATTEMPTS = 20
+GAP = 1e-4
 
 
 def baselines(candidates: Candidates, seed: int) -> dict[str, Architecture]:
@@ -27,6 +36,9 @@ def baselines(candidates: Candidates, seed: int) -> dict[str, Architecture]:
         "depth-score": depth_by_score(candidates),
         "random": random_feasible(candidates, random.Random(seed)),
     }
+    if candidates.precisions is not None:
+        found[PARENT_PRECISION] = parent_in_one_precision(candidates)
+        found[CHILD_PRECISION] = child_in_one_precision(candidates)
     return {name: architecture for name, architecture in found.items() if architecture is not None}
 
 
@@ -77,6 +89,35 @@ def random_feasible(candidates: Candidates, chooser: random.Random) -> Architect
             if (closer := candidates.excess(changed)) < excess:
                 choice, excess = changed, closer
     return None
+
+
+def precisions_of(candidates: Candidates) -> list[str]:
+    """The formats that the candidates have."""
+    parts = (part for specs in candidates.specs for spec in specs for part in (spec.attention, spec.ffn))
+    return sorted({part.precision for part in parts if part.kind != "skip"})
+
+
+def parent_in_one_precision(candidates: Candidates) -> Architecture | None:
+    """Of the parent in each format, the one within the limits with the least score."""
+    shape = candidates.costs.shape
+    whole = [shape.parent_architecture.at(name) for name in precisions_of(candidates)]
+    known = [a for a in whole if all(spec in specs for spec, specs in zip(a, candidates.specs, strict=True))]
+    return _best(candidates, [architecture for architecture in known if candidates.allows(architecture)])
+
+
+def child_in_one_precision(candidates: Candidates) -> Architecture | None:
+    """The best by score of the children that have one format in all their matrices, over the formats."""
+    found = []
+    for name in precisions_of(candidates):
+        other = [[int(spec != spec.at(name)) for spec in specs] for specs in candidates.specs]
+        problem = candidates.problem
+        try:
+            solution = solve(Problem(problem.scores, [*problem.limits, Limit("other formats", other, high=0)]), gap=GAP)
+        except InfeasibleBudgetError:
+            continue
+        if solution is not None:
+            found.append(candidates.architecture(solution.choice))
+    return _best(candidates, found)
 
 
 def _without(candidates: Candidates, empty: range | list[int]) -> Architecture | None:

@@ -178,7 +178,7 @@ def plan(subject: Subject, scenario: Scenario, device: torch.device, effort: Eff
 
     sizes = Sizes(subject.shape, scenario, device)
     parent = subject.shape.parent_architecture
-    cache = sum(sizes.cache_values(layer.attention) for layer in parent) * DTYPE_BYTES[scenario.kv_dtype]
+    cache = sum(sizes.cache_values(layer.attention) for layer in parent) * scenario.kv_value_bytes
     return {
         "of": subject.name,
         "device": device_name(device),

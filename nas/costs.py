@@ -2,18 +2,18 @@
 
     bytes = parameters * weight bytes + batch * context * KV values per token * KV bytes + reserve
 
-GB is 1e9 bytes, GiB is 2^30. Tied embeddings count once.
+A matrix in another number format than bf16 takes what it takes on disk, scales included (blocks/formats.py). GB is 1e9 bytes, GiB is 2^30. Tied embeddings count once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape, as_built
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
 from nas.limits import cost_field
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_DTYPE_BYTES = {**DTYPE_BYTES, "float8": 1}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "float8_e4m3fn": "float8"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Scenario:
         prompt, output: tokens of a request that are read and that are generated, for latency and throughput; half of
             `context` each if None.
         tp: GPUs that share each layer (tensor parallelism). KV heads are replicated where there are fewer of them.
-        weight_dtype, kv_dtype: "bfloat16", "float16" or "float32".
+        weight_dtype: "bfloat16", "float16" or "float32": of what has no precision of its own. Short names (bf16) are known.
+        kv_dtype: of the KV cache: the same, or "float8" (E4M3, no scales). Several, "bfloat16,float8": a search takes the better.
         reserve_gb: GB kept free for activations, CUDA context and the like.
     """
 
@@ -54,12 +57,14 @@ class Scenario:
             raise ConfigError(
                 f"--prompt {self.prompt_tokens} and --output {self.output_tokens} exceed --context {self.context}"
             )
-        for name in ("weight_dtype", "kv_dtype"):
-            if getattr(self, name) not in DTYPE_BYTES:
-                known = ", ".join(DTYPE_BYTES)
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: not a dtype we price; known: {known}"
-                )
+        for name, known in (("weight_dtype", DTYPE_BYTES), ("kv_dtype", KV_DTYPE_BYTES)):
+            given = [text.strip() for text in getattr(self, name).split(",")]
+            meant = [SHORT_DTYPES.get(text, text) for text in given]
+            for text, dtype in zip(given, meant, strict=True):
+                if dtype not in known or (name == "weight_dtype" and len(given) > 1):
+                    flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                    raise ConfigError(f"{flag}: {text!r} is not a dtype we price; known: {', '.join(known)}")
+            object.__setattr__(self, name, ",".join(meant))
         if not 0 <= self.reserve_gb < math.inf:
             raise ConfigError(f"--reserve-gb must be 0 or more, not {self.reserve_gb}")
 
@@ -78,6 +83,18 @@ class Scenario:
     @property
     def reserve_bytes(self) -> int:
         return round(self.reserve_gb * 1e9)
+
+    @property
+    def by_kv_dtype(self) -> list[Scenario]:
+        """This scenario with each of its KV dtypes."""
+        return [replace(self, kv_dtype=dtype) for dtype in dict.fromkeys(self.kv_dtype.split(","))]
+
+    @property
+    def kv_value_bytes(self) -> int:
+        """Bytes of one cached value. Raises ConfigError where several dtypes are to be chosen from."""
+        if self.kv_dtype not in KV_DTYPE_BYTES:
+            raise ConfigError(f"--kv-dtype {self.kv_dtype}: only `nas search` on a run chooses among several; give one")
+        return KV_DTYPE_BYTES[self.kv_dtype]
 
     def request_ns(self, prefill_ns: int, decode_ns: int) -> int:
         """A whole request: the prompts read, and every output token."""
@@ -140,7 +157,7 @@ class CostModel:
     def __init__(self, shape: ModelShape, scenario: Scenario, clock: Clock | None = None) -> None:
         self.shape, self.scenario, self.clock = shape, scenario, clock
         self.weight_bytes = DTYPE_BYTES[scenario.weight_dtype]
-        self.kv_bytes_per_value = scenario.batch * scenario.context * DTYPE_BYTES[scenario.kv_dtype]
+        self.kv_bytes_per_value = scenario.batch * scenario.context * scenario.kv_value_bytes
 
     def layer_kv_bytes(self, layer: LayerSpec) -> int:
         """Of all GPUs together: where they are more than the KV heads, each holds one."""
@@ -185,7 +202,26 @@ class CostModel:
     def layer_bytes(self, layer: LayerSpec) -> int:
         """Weights and KV cache of one layer of a child, as it is on disk."""
         shape, (built,) = as_built(self.shape, Architecture((layer,)))
-        return shape.layer_parameters(built) * self.weight_bytes + self.layer_kv_bytes(layer)
+        weights = sum(self._subblock_bytes(shape, spec) for spec in (built.attention, built.ffn))
+        return weights + self.layer_kv_bytes(layer)
+
+    def holds(self, layer: LayerSpec) -> bool:
+        """Whether the precisions of a layer can hold its matrices as they are on disk."""
+        if layer == layer.structure:
+            return True
+        from blocks.rounded import holds
+
+        shape, (built,) = as_built(self.shape, Architecture((layer,)))
+        return holds(shape, built.attention) and holds(shape, built.ffn)
+
+    def _subblock_bytes(self, shape: ModelShape, spec: AttentionSpec | FFNSpec) -> int:
+        """Weights of a subblock as built, in its precision."""
+        if spec.precision == BF16:  # without torch, which the formats need
+            attention = isinstance(spec, AttentionSpec)
+            return self.weight_bytes * (shape.attention_parameters(spec) if attention else shape.ffn_parameters(spec))  # type: ignore[arg-type]
+        from blocks.rounded import subblock_bytes
+
+        return subblock_bytes(shape, spec, self.weight_bytes)
 
     def kept(self, spec: AttentionSpec | FFNSpec) -> float:
         """The share of the parent's bytes that one subblock keeps: weights, and KV cache of an attention."""
@@ -212,13 +248,11 @@ class CostModel:
         return self._cost(self.shape, self.shape.parent_architecture)
 
     def _cost(self, shape: ModelShape, architecture: Architecture) -> Cost:
-        attention = sum(shape.attention_parameters(layer.attention) for layer in architecture)
-        ffn = sum(shape.ffn_parameters(layer.ffn) for layer in architecture)
         return Cost(
             parameters=shape.parameters(architecture),
             fixed_bytes=self.shape.fixed_parameters * self.weight_bytes,
-            attention_bytes=attention * self.weight_bytes,
-            ffn_bytes=ffn * self.weight_bytes,
+            attention_bytes=sum(self._subblock_bytes(shape, layer.attention) for layer in architecture),
+            ffn_bytes=sum(self._subblock_bytes(shape, layer.ffn) for layer in architecture),
             kv_bytes=sum(self.layer_kv_bytes(layer) for layer in architecture),
             reserve_bytes=self.reserve_bytes,
             **self._time(architecture),
@@ -236,17 +270,25 @@ class CostModel:
         return {"ttft_ns": ttft, "tpot_ns": tpot, "request_ns": request, "tokens_per_s": rate}
 
     def budget_for_share(self, share: float) -> int:
-        """Bytes of the budget that keeps `share` of what can change: attention and FFN weights and KV cache."""
-        parent = self.cost(self.shape.parent_architecture)  # as built, so that a share of 1 admits it
+        """Bytes of the budget that keeps `share` of what can change of the parent: attention and FFN weights and KV cache.
+
+        A cache in float8 is a saving, not a smaller parent: the parent's counts in the dtype of the weights.
+        """
+        costs = self
+        if self.scenario.kv_dtype == "float8":
+            costs = CostModel(self.shape, replace(self.scenario, kv_dtype=self.scenario.weight_dtype))
+        parent = costs.cost(self.shape.parent_architecture)  # as built, so that a share of 1 admits it
         return self.fixed_bytes + int(share * (parent.total_bytes - self.fixed_bytes))
 
     def formula(self, architecture: Architecture) -> str:
         """The budget formula filled in, in bytes, GB and GiB."""
         cost, s = self.cost(architecture), self.scenario
         values = cost.kv_bytes // self.kv_bytes_per_value
-        kv_bytes = DTYPE_BYTES[s.kv_dtype]
+        kv_bytes = s.kv_value_bytes
+        names = architecture.precisions
+        how = f"x {self.weight_bytes} B" if names in ([], [BF16]) else f"in {', '.join(names)} with their scales"
         return (
-            f"weights {cost.parameters:,} x {self.weight_bytes} B = {cost.weight_bytes:,} B"
+            f"weights {cost.parameters:,} {how} = {cost.weight_bytes:,} B"
             f" + KV {s.batch} x {s.context:,} tokens x {values:,} values x {kv_bytes} B = {cost.kv_bytes:,} B"
             f" + reserve {cost.reserve_bytes:,} B = {cost.total_bytes:,} B = {cost.gb:.4f} GB = {cost.total_bytes / 2**30:.4f} GiB"
         )

@@ -17,9 +17,14 @@ from functools import cached_property
 
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape
-from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, AttentionSpec, FFNSpec, LayerSpec
 from nas.clock import Times, attended_tokens, built_layer, part_of, rank_kv_heads
 from nas.costs import DTYPE_BYTES, Scenario
+
+UNITS = {
+    "fp8": "float8",
+    "nvfp4": "float4",
+}  # matrix units that take both inputs in a format; the others are weight-only
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Datasheet:
     Attributes:
         device: in full.
         bandwidth: bytes per second of device memory.
-        flops: peak FLOP/s by dtype; matrix units with fp32 accumulation, but plain fp32 for float32. No float8: no such units.
+        flops: peak FLOP/s by dtype; matrix units with fp32 accumulation, but plain fp32 for float32. No float8, float4: no such units.
         memory_gb: GB of device memory.
         source: the document.
     """
@@ -48,12 +53,21 @@ class Datasheet:
 
 
 def _sheet(
-    device: str, tb_per_s: float, half: float, float8: float | None, float32: float, gb: float, source: str
+    device: str,
+    tb_per_s: float,
+    half: float,
+    float8: float | None,
+    float32: float,
+    gb: float,
+    source: str,
+    float4: float | None = None,
 ) -> Datasheet:
-    """A datasheet out of TB/s, and TFLOP/s at 16, 8 and 32 bits."""
+    """A datasheet out of TB/s, and TFLOP/s at 16, 8, 32 and 4 bits."""
     flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": float32 * 1e12}
     if float8 is not None:
         flops["float8"] = float8 * 1e12
+    if float4 is not None:
+        flops["float4"] = float4 * 1e12
     return Datasheet(device, tb_per_s * 1e12, flops, gb, source)
 
 
@@ -94,6 +108,7 @@ DATASHEETS: dict[str, Datasheet] = {
         80,
         180,
         "NVIDIA Blackwell datasheet, HGX B200 per GPU, https://www.nvidia.com/en-us/data-center/hgx/",
+        float4=9000,
     ),
     "L40S": _sheet(
         "NVIDIA L40S",
@@ -188,19 +203,36 @@ class RooflineClock:
 
         With B batch, P prompt, S attended tokens, N weights of the matrices: prefill takes 2*B*P*N FLOPs, decode 2*B*N, each
         reads N weights once. Causal attention adds 4*H*E*B*P*(P+1)/2 and writes the cache; decode adds 4*H*E*B*S and reads it.
+        In another precision weights are read in its bytes; if it also rounds inputs, and the device has units for it, its
+        products count as the fewer FLOPs of the weight dtype that would take as long.
         """
-        s, size = self.scenario, DTYPE_BYTES[self.scenario.weight_dtype]
+        s, (size, speed) = self.scenario, self._precision(spec)
         tokens, weights = s.batch * s.prompt_tokens, self._weights(spec)
-        prefill, decode = Work(2 * tokens * weights, weights * size), Work(2 * s.batch * weights, weights * size)
+        prefill, decode = (
+            Work(round(2 * count * weights / speed), round(weights * size)) for count in (tokens, s.batch)
+        )
         if not isinstance(spec, AttentionSpec) or spec.kind != "kv":
             return prefill, decode
         per_pair = 4 * part_of("num_attention_heads", self.shape.num_attention_heads, s.tp) * self.shape.head_dim
-        per_token = 2 * rank_kv_heads(spec, s.tp) * self.shape.head_dim * DTYPE_BYTES[s.kv_dtype]
+        per_token = 2 * rank_kv_heads(spec, s.tp) * self.shape.head_dim * s.kv_value_bytes
         pairs, cached = tokens * (s.prompt_tokens + 1) // 2, s.batch * attended_tokens(s)
         return (
             Work(prefill.flops + per_pair * pairs, prefill.bytes + tokens * per_token),
             Work(decode.flops + per_pair * cached, decode.bytes + cached * per_token),
         )
+
+    def _precision(self, spec: AttentionSpec | FFNSpec) -> tuple[float, float]:
+        """Bytes of one weight with its part of the scales, and how much faster products are than in the weight dtype."""
+        dtype = self.scenario.weight_dtype
+        if spec.precision == BF16:
+            return DTYPE_BYTES[dtype], 1.0
+        from blocks.formats import format_named
+        from blocks.rounded import matrices_of
+
+        format, matrices = format_named(spec.precision), matrices_of(self.shape, spec)
+        own = UNITS.get(format.name)
+        speed = self.sheet.flops[own] / self.sheet.peak(dtype) if own in self.sheet.flops else 1.0
+        return sum(format.bytes(*m) for m in matrices) / sum(rows * columns for rows, columns in matrices), speed
 
     def _weights(self, spec: AttentionSpec | FFNSpec) -> int:
         """Weights in the matrices of one rank."""

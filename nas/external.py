@@ -267,4 +267,4 @@ def _kv(value: Mapping[str, float | None], scenario: Scenario) -> int | None:
         return round(given)
     if (per_token := value["kv_bytes_per_token"]) is None:
         return None
-    return round(per_token) * scenario.batch * scenario.context * DTYPE_BYTES[scenario.kv_dtype] // 2
+    return round(per_token) * scenario.batch * scenario.context * scenario.kv_value_bytes // 2

@@ -22,7 +22,7 @@ from nas.config import SearchConfig
 from nas.costs import Scenario
 from nas.progress import Reporter
 from nas.run import Run
-from nas.search import Search
+from nas.search import Search, choose_kv_dtype, score_precisions
 
 STEP = 0.05  # of the parent's share: the path between two members is walked in steps no longer than this
 
@@ -37,6 +37,9 @@ def run_family(
     healing: DistillConfig,
 ) -> dict[str, Any]:
     """Searches every budget that is not done and returns what it wrote to family.json."""
+    score_precisions(run, parent, config, scenario, device, reporter)
+    # One cache for the whole family: the one that suits its smallest member.
+    scenario = choose_kv_dtype(run, parent.shape, config, scenario, reporter, config.shares[-1])
     before, start = 1.0, parent.shape.parent_architecture
     members: list[dict[str, Any]] = []
     for share in config.shares:

@@ -24,7 +24,7 @@ from blocks.errors import CheckpointError
 from blocks.files import replace_directory, save_json
 from blocks.shape import ModelShape
 from blocks.spec import Architecture
-from nas.costs import DTYPE_BYTES, CostModel, Scenario
+from nas.costs import CostModel, Scenario
 from nas.run import digest
 
 
@@ -86,7 +86,7 @@ def describe(shape: ModelShape, architecture: Architecture, scenario: Scenario, 
         if opened is None
         else {"name": opened.name, "device": opened.device, "estimate": opened.estimate},
         "parameters": shape.parameters(architecture),
-        "kv_bytes_per_token": kv_values * DTYPE_BYTES[scenario.kv_dtype],
+        "kv_bytes_per_token": kv_values * scenario.kv_value_bytes,
         "cost": costs.cost(architecture).to_json(),
         "formula": costs.formula(architecture),
     }

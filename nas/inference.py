@@ -55,7 +55,10 @@ class Sizes:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        return getattr(torch, self.scenario.kv_dtype)
+        if self.scenario.kv_dtype not in DTYPE_BYTES:
+            raise ConfigError(f"--kv-dtype {self.scenario.kv_dtype}: nas bench runs caches in {', '.join(DTYPE_BYTES)}")
+        dtype: torch.dtype = getattr(torch, self.scenario.kv_dtype)
+        return dtype
 
     @property
     def cache_length(self) -> int:
@@ -292,7 +295,7 @@ class Workshop:
         gaps = 16 * ALIGNMENT * (len(built) + 1)  # between tensors, at most
         weights = min(sizes.weight_values(built) + gaps, int(0.7 * memory) // DTYPE_BYTES[scenario.weight_dtype])
         layer = sizes.cache_values(built[0].attention)
-        cache = min(layer * len(built) + gaps, max(layer + gaps, int(0.3 * memory) // DTYPE_BYTES[scenario.kv_dtype]))
+        cache = min(layer * len(built) + gaps, max(layer + gaps, int(0.3 * memory) // scenario.kv_value_bytes))
         return cls(
             sizes,
             Ring(max(weights, largest_tensor(sizes)), sizes.dtype, device, WEIGHT_SCALE),

@@ -52,7 +52,10 @@ class Rescoring:
 
 
 def changes_around(assembler: Assembler, candidates: Candidates, child: Child, how: Rescoring) -> list[list[float]]:
-    """What each candidate would change of the child's KL, nats per token, by layer as in the table; 0 for the present one."""
+    """What each candidate would change of the child's KL, nats per token, by layer as in the table; 0 for the present one.
+
+    Structures are scored around the child as it is in bf16; what precisions change is that of the table.
+    """
     sweep = assembler.sweep.at(how.dtype).of(child.layers)
     rows = how.rows(assembler)
     hidden: Tensor = assembler.parent_hidden[rows].to(how.dtype)
@@ -62,15 +65,23 @@ def changes_around(assembler: Assembler, candidates: Candidates, child: Child, h
     parent = assembler.sweep.at(how.dtype)
     for index, weights in sweep.layers(reversed(range(len(child.layers)))):
         library = assembler.candidates_of(index).at(parent.layer(index))
-        around = child.architecture[index], weights
+        present = child.architecture[index]
+        structures = candidates.structures[index]
         scores = one_pass_scores(
-            sweep, library, candidates.specs[index], streams.take(index), gradients, ("tok", "first"), around
+            sweep,
+            library,
+            structures,
+            streams.take(index),
+            gradients,
+            ("tok", "first"),
+            (present.structure, weights),
         )
-        found[index] = (scores["tok"] + scores["first"]).mean(1).tolist()
-        if (
-            child.architecture[index] in candidates.specs[index]
-        ):  # but for rounding, in another order of the same products
-            found[index][candidates.specs[index].index(child.architecture[index])] = 0.0
+        changes = dict(zip(structures, (scores["tok"] + scores["first"]).mean(1).tolist(), strict=True))
+        changes[present.structure] = 0.0  # but for rounding, in another order of the same products
+        now = candidates.rounding(index, present)
+        found[index] = [
+            changes[spec.structure] + candidates.rounding(index, spec) - now for spec in candidates.specs[index]
+        ]
     return [found[index] for index in range(len(child.layers))]
 
 

@@ -3,13 +3,14 @@
 scores/one_pass_007.json       {"attention:kv1+ffn:768": {"tok": [...], "seq": [...]}, ...}, nats per token
 scores/one_pass_007.1.json     the same for the sequences of a later round (`--auto-tokens`)
 scores/exact_007.json          {"attention:skip+ffn:1536": {"kl": [...]}, ...}
+scores/precision-fp8_007.json  {"ffn:768": {"tok": [...]}, ...}
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class ScoreFiles:
     directory: Path
 
     def path(self, kind: str, layer: int, number: int = 0) -> Path:
-        """Of "one_pass" or "exact" values; `number` is that of the round."""
+        """Of "one_pass", "exact" or "precision-FORMAT" values; `number` is that of the round."""
         return self.directory / (f"{kind}_{layer:03d}" + (f".{number}" if number else "") + ".json")
 
     def has(self, kind: str, layer: int, number: int = 0) -> bool:
@@ -38,9 +39,14 @@ class ScoreFiles:
 
     def save(self, kind: str, layer: int, number: int, specs: Sequence[LayerSpec], values: dict[str, Tensor]) -> None:
         """Writes values [specs, N] by name."""
+        rows = {str(spec): {name: of[row] for name, of in values.items()} for row, spec in enumerate(specs)}
+        self.save_named(kind, layer, rows, number)
+
+    def save_named(self, kind: str, layer: int, rows: Mapping[str, Mapping[str, Tensor]], number: int = 0) -> None:
+        """Writes values [N] by candidate and name."""
         content = {
-            str(spec): {name: [float(f"{x:.6g}") for x in tensor[row].tolist()] for name, tensor in values.items()}
-            for row, spec in enumerate(specs)
+            candidate: {name: [float(f"{x:.6g}") for x in tensor.tolist()] for name, tensor in values.items()}
+            for candidate, values in rows.items()
         }
         save_json(self.path(kind, layer, number), content)
 

@@ -213,18 +213,25 @@ def one_pass_scores(
         for group in CandidateOutputs(library, specs).groups():
             for batch, (h, added, g) in sweep.read(stream, parent, gradients):
                 for rows, changes in _changes(group, h, added, math, sweep.dtype):
-                    for name, values in _estimate(estimators, changes, g).items():
+                    for name, values in estimate(estimators, changes, g).items():
                         scores[name][rows, batch] = values
             del group  # before the tensors of the next one come to the device
-    for batch, (h, g) in sweep.read(stream, gradients) if present else ():  # an empty layer passes them on as they are
+    if present:  # an empty layer passes them on as they are
+        carry_back(sweep, present, stream, gradients)
+    return scores
+
+
+def carry_back(sweep: Sweep, weights: Weights, stream: Tensor, gradients: Tensor) -> None:
+    """Gradients [N, S, K, D] at a layer's output become those at its input."""
+    math = sweep.math(stream.shape[1])
+    for batch, (h, g) in sweep.read(stream, gradients):
         with torch.enable_grad():
             h = h.detach().float().requires_grad_()
-            output = layer_forward(present, h, math)
+            output = layer_forward(weights, h, math)
         moved = torch.empty_like(g)
         for k in range(g.shape[2]):
             (moved[:, :, k],) = torch.autograd.grad(output, h, g[:, :, k].to(output.dtype), retain_graph=True)
         sweep.store.write(gradients, batch, moved)
-    return scores
 
 
 def _added(sweep: Sweep, weights: Weights, stream: Tensor) -> Tensor:
@@ -253,7 +260,7 @@ def _changes(
         yield rows, changes[:, :, : len(rows)]
 
 
-def _estimate(estimators: Sequence[str], changes: Tensor, gradients: Tensor) -> dict[str, Tensor]:
+def estimate(estimators: Sequence[str], changes: Tensor, gradients: Tensor) -> dict[str, Tensor]:
     """Changes [B, S, C, D] and gradients [B, S, K, D] -> scores [C, B] by estimator."""
     found: dict[str, Tensor] = {}
     if "first" in estimators:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from blocks.errors import CheckpointError
+from blocks.errors import CheckpointError, InfeasibleBudgetError
 from blocks.files import remove_directory, save_json
 from blocks.library import BlockLibrary
 from blocks.parent import Parent
@@ -40,6 +40,15 @@ from nas.finalists import ShortHeals, choose_finalists, short, variants
 from nas.limits import bounds_of, limits_told
 from nas.measure import measure
 from nas.path import Rescoring, Step, around, walk
+from nas.precisions import (
+    KV_DTYPES,
+    PrecisionScoring,
+    load_precisions,
+    parse_precisions,
+    require_served,
+    to_score,
+    with_precisions,
+)
 from nas.progress import Reporter
 from nas.run import Run, digest
 from nas.samplers import make_sampler
@@ -61,13 +70,17 @@ def load_candidates(
 
     Raises CheckpointError if it is of another parent, ConfigError for limits that contradict each other or lack a clock.
     """
-    table = load_table(run.path("scores.csv"))
+    table, precisions = load_table(run.path("scores.csv")), None
     if len(table) != shape.num_hidden_layers:
         raise CheckpointError(
             f"{run.path('scores.csv')} has {len(table)} layers, the parent {shape.num_hidden_layers}; run `nas score` again"
         )
     costs = CostModel(shape, scenario, load_search_clock(shape, config, scenario))
-    return Candidates.of(table, costs, bounds_of(config.ranges_at(budget), costs))
+    formats = parse_precisions(config.precisions)
+    if to_score(formats, [scenario.kv_dtype]):
+        precisions = load_precisions(run.path("precisions.csv"))
+        table = with_precisions(table, precisions, formats, costs)
+    return Candidates.of(table, costs, bounds_of(config.ranges_at(budget), costs), precisions)
 
 
 def load_search_clock(shape: ModelShape, config: SearchConfig, scenario: Scenario) -> Clock | None:
@@ -83,12 +96,53 @@ def run_search(
     reporter: Reporter,
     healing: DistillConfig | None = None,
 ) -> dict[str, Any]:
-    """Does what is missing of `nas search` and returns what it wrote to architecture.json."""
+    """Does what is missing of `nas search` and returns what it wrote to architecture.json.
+
+    Of several KV dtypes in the scenario it takes the one with the least predicted KL.
+    """
+    score_precisions(run, parent, config, scenario, device, reporter)
+    scenario = choose_kv_dtype(run, parent.shape, config, scenario, reporter)
     search = Search(run, parent, config, scenario, device, reporter, healing or DistillConfig())
     if (done := search.done) is not None:
         reporter.say(f"This search was done already: {run.path('architecture.json')}")
         return done
     return search.run_all()
+
+
+def score_precisions(
+    run: Run, parent: Parent, config: SearchConfig, scenario: Scenario, device: torch.device, reporter: Reporter
+) -> None:
+    """Scores those precisions of a search that have no scores yet. Raises ConfigError for one that the target cannot serve."""
+    formats = parse_precisions(config.precisions)
+    require_served(run.config.target, formats)
+    wanted = to_score(formats, scenario.kv_dtype.split(","))
+    if wanted:
+        PrecisionScoring(run, parent, device, reporter, config.precision_tokens).ensure(wanted)
+
+
+def choose_kv_dtype(
+    run: Run,
+    shape: ModelShape,
+    config: SearchConfig,
+    scenario: Scenario,
+    reporter: Reporter,
+    budget: float | None = None,
+) -> Scenario:
+    """The scenario with the one of its KV dtypes whose optimum has the least score. Raises InfeasibleBudgetError if none has one."""
+    choices = scenario.by_kv_dtype
+    if len(choices) == 1:
+        return choices[0]
+    found: list[tuple[float, Scenario]] = []
+    for choice in choices:
+        try:
+            found.append((load_candidates(run, shape, config, choice, budget).optimum().score, choice))
+        except InfeasibleBudgetError:
+            if choice is choices[-1] and not found:
+                raise
+    told = ", ".join(f"{choice.kv_dtype} {score:.4f}" for score, choice in found)
+    _, best = min(found, key=lambda pair: pair[0])
+    reporter.say(f"  KV cache in {best.kv_dtype} (predicted KL: {told})")
+    return best
 
 
 @dataclass
@@ -122,7 +176,10 @@ class Search:
     def _made_from(self) -> dict[str, Any]:
         limits = {bound.name: [bound.low, bound.high] for bound in self.candidates.bounds}
         scores = self.run.path("scores.csv").read_text()
-        return {"scenario": asdict(self.scenario), "scores": scores, "limits": limits}
+        made = {"scenario": asdict(self.scenario), "scores": scores, "limits": limits}
+        if self.candidates.precisions is not None:
+            made["precisions"] = self.run.path("precisions.csv").read_text()
+        return made
 
     @cached_property
     def key(self) -> str:
@@ -310,6 +367,7 @@ class Search:
             verify_tokens=to_tokens(load_pack(data / "calibration.npy"), self.config.verify_tokens, device),
             pseudo_tokens=self.config.refit_pseudo_tokens if self.config.refit else None,
             reporter=self.reporter,
+            kv=KV_DTYPES.get(f"kv-{self.scenario.kv_dtype}"),
             build=None if self.has_library else lambda architecture: self._build([architecture]),
         )
 
@@ -357,6 +415,7 @@ class Search:
             "uniform_cost": None if uniform is None else costs.cost(uniform).to_json(),
             "predicted_kl": self.candidates.predicted(architecture),
             "optimum": optimum.proof(),
+            "precisions": list(parse_precisions(self.config.precisions)),
             "layers": architecture.to_list(),
             "uniform_layers": None if uniform is None else uniform.to_list(),
             "kl": chosen.value,

@@ -131,7 +131,7 @@ def test_budget_for_share_keeps_that_share_of_what_can_change() -> None:
         ({"batch": 0}, "--batch must be at least 1, not 0"),
         ({"context": -5}, "--context must be at least 1, not -5"),
         ({"weight_dtype": "int3"}, "--weight-dtype int3: .*bfloat16"),
-        ({"kv_dtype": "bf16"}, "--kv-dtype bf16: .*bfloat16"),
+        ({"kv_dtype": "bf8"}, "--kv-dtype bf8: .*bfloat16"),
         ({"reserve_gb": -0.1}, "--reserve-gb must .*, not -0.1"),
     ],
 )

@@ -48,7 +48,12 @@ TpOption = Annotated[
 WeightDtypeOption = Annotated[
     str | None, typer.Option("--weight-dtype", help="bfloat16, float16 or float32; a child is written in it.")
 ]
-KvDtypeOption = Annotated[str | None, typer.Option("--kv-dtype", help="bfloat16, float16 or float32.")]
+KvDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype", help="bfloat16, float16, float32 or float8; of several, bf16,fp8, a search takes the better."
+    ),
+]
 
 
 def settings_of(kind: type, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -36,6 +36,8 @@ nas score --weights streamed --activations host           a parent larger than t
 
 torchrun --nproc-per-node 8 -m -- nas score --run runs/8b     sequences shared out over 8 GPUs
 
+nas score --precisions bf16,fp8,nvfp4                     number formats, too, for `nas search --precisions`
+
 nas score --dry-run --json                                the plan: memory, bytes, FLOPs, time; for machines"""
 
 
@@ -96,6 +98,13 @@ def score(
     library: Annotated[
         str | None, typer.Option(help="Fitted candidates: keep on disk, rebuild when needed, or auto (by size).")
     ] = None,
+    precisions: Annotated[
+        str | None, typer.Option(help="Score number formats, too (a search does what is missing): bf16,fp8,nvfp4.")
+    ] = None,
+    verify_additivity: Annotated[
+        bool,
+        typer.Option("--verify-additivity", help="Compare structure + precision with joint true KLs of single layers."),
+    ] = False,
     weights: WeightsOption = None,
     activations: ActivationsOption = None,
     fit: Annotated[str | None, typer.Option(help="fitted, or cut (published initialisation, for comparison).")] = None,
@@ -108,6 +117,7 @@ def score(
 ) -> None:
     """Build, fit and score the candidates of every layer of a parent."""
     arguments = locals()
+    from blocks.errors import ConfigError
     from blocks.ranks import join
     from nas.config import DataConfig, RunConfig, ScoreConfig, build, load_recipe
     from nas.engine_config import EngineConfig
@@ -140,9 +150,22 @@ def score(
     ranks.leave()
     if not ranks.main:
         return
+    if precisions is not None:
+        from nas.additivity import score_precisions
+        from nas.config import SearchConfig
+
+        tokens = build(SearchConfig, sections, {"budget": 1.0, "precisions": precisions}, place.type).precision_tokens
+        told = score_precisions(opened_run, opened, place, reporter(as_json), precisions, tokens, verify_additivity)
+        summary = {**summary, "precisions": told}
+    elif verify_additivity:
+        raise ConfigError("--verify-additivity compares precisions; add --precisions fp8,nvfp4")
     if as_json:
         return emit(summary, as_json)
     from nas.show import correlation_line
 
+    if precisions is not None:
+        from nas.additivity import additivity_lines
+
+        typer.echo("\n".join(additivity_lines(summary["precisions"])))
     typer.echo(f"{correlation_line(summary)}\n{run / 'scores.csv'} written in {summary['seconds']:.0f} s")
     typer.echo(f"next: nas search --budget-gb GB{run_flag(run)}   (or --budget 0.6)")

@@ -41,6 +41,8 @@ nas search --budget-gb 80 --min-throughput 900 --clock profiles/h200.json      m
 
 nas search --max-latency-ms 400,15 --clock H100           to the first token, per output token; a datasheet's estimate
 
+nas search --budget 0.35 --precisions bf16,fp8,nvfp4 --kv-dtype bf16,fp8      number formats searched beside structure
+
 nas search --sweep 0.9:0.5:0.05                           a child for each of these budgets
 
 nas search --budget 0.5 --storage mysql://host/nas        the same command on each machine: they share the work
@@ -86,6 +88,10 @@ def search(
     weight_dtype: WeightDtypeOption = None,
     kv_dtype: KvDtypeOption = None,
     reserve_gb: Annotated[float | None, typer.Option(help="GB kept free for activations and the like.")] = None,
+    precisions: Annotated[
+        str | None,
+        typer.Option(help="Number formats of matrices to choose from: bf16,fp8,nvfp4,nvfp4a16,int4,int4-g32,int8."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="True KLs in all.")] = None,
     verify: Annotated[int | None, typer.Option(help="Near-optima of the table among them.")] = None,
     verify_tokens: Annotated[int | None, typer.Option(help="Calibration tokens for true KL.")] = None,

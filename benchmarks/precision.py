@@ -1,0 +1,348 @@
+"""Precision as one more choice: the tables of docs/benchmarks.md on number formats (SmolLM2-135M).
+
+    python benchmarks/precision.py --data runs/manuals --work runs/precision                all parts, on this GPU
+    python benchmarks/precision.py --small                                                  a check of this script, on the CPU
+
+The weights of the embedded parent come out of a 4-bit file and lie on its grid, which flatters int4. So the first part trains the
+parent on plain text until they are off it, and all other parts take that one. Parts (--parts chooses; what is done is kept in --work):
+
+    parent       trained off the grid; KL of the parent in each format before and after, to itself
+    additivity   structure + precision against joint true KLs of single layers
+    budgets      held-out KL at shares of the parent's bf16 weights + KV: structure only, best uniform format on the parent, best
+                 structure in a uniform format, joint
+    gptq         round to nearest against GPTQ, whole parent, each format, calibrated on the fitting text
+    qad          quantization-aware distillation of the whole parent: by KL and by cross-entropy, against rounding alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocks.calibrated import gptq_layers
+from blocks.files import save_json
+from blocks.formats import FORMATS
+from blocks.parent import Parent, open_parent
+from blocks.rounded import round_layer
+from blocks.rounded_model import round_model
+from blocks.spec import Architecture
+from distill.config import DistillConfig
+from distill.trainer import heal
+from nas.additivity import Additivity
+from nas.assemble import Assembler, Child
+from nas.baselines import CHILD_PRECISION, PARENT_PRECISION
+from nas.config import ON_GPU, DataConfig, RunConfig, ScoreConfig, SearchConfig, build
+from nas.costs import CostModel, Scenario
+from nas.data import load_pack, prepare_data, to_tokens
+from nas.engine import make_sweep
+from nas.exact import kl_to_parent
+from nas.measure import load_parent_model
+from nas.precisions import PrecisionScoring
+from nas.progress import Reporter
+from nas.run import Run, create_run
+from nas.score import run_score
+from nas.search import Search, choose_kv_dtype, score_precisions
+
+SEARCHED = "bf16,fp8,int8,nvfp4,nvfp4a16,int4-g32"
+ROUNDED = ("fp8", "int8", "nvfp4", "nvfp4a16", "int4-g32", "int3")
+LEARNED = ("nvfp4", "int4-g32", "int3")
+BUDGETS = (0.7, 0.5, 0.35, 0.25)
+KV_DTYPES = "bfloat16,float8"
+PARTS = ("parent", "additivity", "budgets", "gptq", "qad")
+SIZES: dict[str, Any] = {
+    "fit_tokens": 81_920,
+    "calibration_tokens": 32_768,
+    "heldout_tokens": 65_536,
+    "train_tokens": 19_000_000,
+}
+SMALL_SIZES: dict[str, Any] = {
+    "fit_tokens": 1024,
+    "calibration_tokens": 1024,
+    "heldout_tokens": 512,
+    "train_tokens": 4096,
+    "sequence_length": 64,
+}
+SMALL_SEARCH = {
+    "path_steps": 2,
+    "path_tokens": 256,
+    "verify": 1,
+    "verify_tokens": 512,
+    "trials": 8,
+    "precision_tokens": 256,
+}
+OFF_GRID = 8_000_000
+LEARNING = 4_000_000
+
+
+class Bench:
+    """One run of this script: where things lie, and the parent off the grid."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.chosen, self.small, self.work = chosen, chosen.small, chosen.work
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not chosen.small else "cpu")
+        self.reporter = Reporter(quiet=True)
+
+    # ---- the parent
+
+    def parent(self) -> Parent:
+        """The parent trained off the grid of the file that it came in."""
+        directory = self.work / "parent"
+        if not (directory / "config.json").exists():
+            start = open_parent(self.chosen.parent)
+            data = DataConfig(self.chosen.data, **(SMALL_SIZES if self.small else SIZES))
+            prepare_data(data, start.tokenizer(), start.shape.vocab_size, self.work / "text")
+            model = load_parent_model(start, self.device)
+            student = copy.deepcopy(model).requires_grad_(True)
+            packs = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
+            settings = self.training(OFF_GRID) | {"loss": "ce", "learning_rate": 2e-4, "optimizer": "adamw"}
+            result = heal(DistillConfig(**settings), model, student, *packs, self.work / "off-grid")
+            tell(
+                self.work / "off-grid.json",
+                {"tokens": result.tokens, "before": result.before.to_dict(), "after": result.after.to_dict()},
+            )
+            student.to(torch.bfloat16).save_pretrained(directory)
+            start.tokenizer().save_pretrained(directory)
+        return open_parent(str(directory))
+
+    def training(self, tokens: int) -> dict[str, Any]:
+        if self.small:
+            return {
+                "tokens": 1024,
+                "sequence_length": 64,
+                "batch_sequences": 4,
+                "micro_batch": 4,
+                "eval_tokens": 256,
+                "device": "cpu",
+            }
+        return {**ON_GPU["distill"], "tokens": tokens, "micro_batch": 16, "eval_every": 0, "eval_tokens": 65_536}
+
+    def grid_part(self) -> dict[str, Any]:
+        """KL of a parent rounded to nearest to itself: the one of the file, and the one off the grid."""
+        parents = {"of the file": open_parent(self.chosen.parent), "off the grid": self.parent()}
+        found: dict[str, Any] = {"training": json.loads((self.work / "off-grid.json").read_text())}
+        for name, parent in parents.items():
+            found[name] = {each: self.whole(parent, each) for each in ROUNDED if self.holds(parent, each)}
+        return found
+
+    def holds(self, parent: Parent, precision: str) -> bool:
+        return CostModel(parent.shape, Scenario()).holds(parent.shape.parent_layer.at(precision))
+
+    def whole(self, parent: Parent, precision: str) -> float:
+        """Held-out KL of a parent with every matrix inside layers rounded to nearest."""
+        sweep, tokens = make_sweep(parent, self.device), self.text("heldout")
+        spec = parent.shape.parent_layer.at(precision)
+        layers = [round_layer(sweep.layer(index), spec) for index in parent.shape.layers]
+        return float(kl_to_parent(sweep, sweep.run(tokens), [sweep.of(layers).run(tokens)])[0].mean())
+
+    def text(self, part: str) -> torch.Tensor:
+        return to_tokens(load_pack(self.work / "text" / f"{part}.npy"), None, self.device)
+
+    # ---- scores and searches
+
+    def run(self) -> tuple[Run, Parent]:
+        parent = self.parent()
+        config = RunConfig(
+            str(self.work / "parent"),
+            space="keep_or_skip" if self.small else "default",
+            data=DataConfig(self.chosen.data, **(SMALL_SIZES if self.small else SIZES)),
+            score=build(ScoreConfig, {}, {"exact_tokens": 128} if self.small else {}, self.device.type),
+        )
+        run = create_run(self.work / "run", config, parent.fingerprint)
+        run_score(run, parent, self.device, self.reporter)
+        return run, parent
+
+    def additivity_part(self) -> dict[str, Any]:
+        run, parent = self.run()
+        names = [name for name in SEARCHED.split(",") if name != "bf16"]
+        tokens = 256 if self.small else 8192
+        scoring = PrecisionScoring(run, parent, self.device, self.reporter, tokens)
+        return Additivity(scoring, scoring.ensure(names), names, draws=2 if self.small else 24).run()
+
+    def budgets_part(self) -> list[dict[str, Any]]:
+        run, parent = self.run()
+        return [row for share in BUDGETS[: 1 if self.small else None] for row in self.at_budget(run, parent, share)]
+
+    def at_budget(self, run: Run, parent: Parent, share: float) -> Iterator[dict[str, Any]]:
+        file = self.work / f"budget-{share}.json"
+        if file.exists():
+            yield from json.loads(file.read_text())
+            return
+        rows = []
+        structure, took = self.search(run, parent, share, "bf16", "bfloat16")
+        rows.append(self.row("structure only", structure, Architecture.from_list(structure.done_layers), share, took))
+        joint, took = self.search(run, parent, share, SEARCHED, KV_DTYPES)
+        for name, key in (("parent, one format", PARENT_PRECISION), ("structure, one format", CHILD_PRECISION)):
+            if key in joint.baselines:
+                rows.append(self.row(name, joint, joint.baselines[key], share, 0.0))
+        rows.append(self.row("joint", joint, Architecture.from_list(joint.done_layers), share, took))
+        tell(file, rows)
+        yield from rows
+
+    def search(self, run: Run, parent: Parent, share: float, precisions: str, kv: str) -> tuple[Any, float]:
+        flags = {
+            "budget": share,
+            "precisions": precisions,
+            "finalists": 1,
+            **(SMALL_SEARCH if self.small else {"trials": 40}),
+        }
+        config = build(SearchConfig, {}, flags, self.device.type)
+        started, scenario = time.perf_counter(), Scenario(kv_dtype=kv)
+        score_precisions(run, parent, config, scenario, self.device, self.reporter)
+        scenario = choose_kv_dtype(run, parent.shape, config, scenario, self.reporter)
+        search: Any = Search(run, parent, config, scenario, self.device, self.reporter, DistillConfig())
+        search.done_layers = search.run_all()["layers"]
+        return search, time.perf_counter() - started
+
+    def row(self, name: str, search: Search, architecture: Architecture, share: float, took: float) -> dict[str, Any]:
+        assembler: Assembler = replace(search.assembler, verify_tokens=self.text("heldout"), _hidden=None)
+        child: Child = assembler.assemble(architecture)
+        cost = search.candidates.costs.cost(architecture)
+        row = {
+            "budget": share,
+            "name": name,
+            "kl": float(assembler.true_kl(child).mean()),
+            "gb": cost.gb,
+            "kv_dtype": search.scenario.kv_dtype,
+            "precisions": shares(architecture),
+            "skipped": sum(layer.attention.kind == "skip" for layer in architecture),
+            "seconds": round(took, 1),
+            "layers": architecture.to_list(),
+        }
+        print({key: value for key, value in row.items() if key != "layers"}, flush=True)
+        return row
+
+    # ---- rounding and learning
+
+    def gptq_part(self) -> dict[str, Any]:
+        parent = self.parent()
+        sweep, tokens = make_sweep(parent, self.device), self.text("heldout")
+        hidden, found = sweep.run(tokens), {}
+        for name in ROUNDED[: 1 if self.small else None]:
+            if not self.holds(parent, name):
+                continue
+            architecture, started = parent.shape.parent_architecture.at(name), time.perf_counter()
+            layers = [layer.weights for layer in gptq_layers(sweep, architecture, self.text("fit"))]
+            took = time.perf_counter() - started
+            kl = float(kl_to_parent(sweep, hidden, [sweep.of(layers).run(tokens)])[0].mean())
+            found[name] = {"nearest": self.whole(parent, name), "gptq": kl, "seconds": took}
+            print(name, found[name], flush=True)
+        return found
+
+    def qad_part(self) -> dict[str, Any]:
+        parent, found = self.parent(), {}
+        teacher = load_parent_model(parent, self.device)
+        packs = [load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout")]
+        for name in LEARNED[: 1 if self.small else None]:
+            for loss in ("kl", "ce"):
+                student = copy.deepcopy(teacher).requires_grad_(True)
+                round_model(student, parent.shape.parent_architecture.at(name))
+                settings = self.training(LEARNING) | {
+                    "loss": loss,
+                    "qad": True,
+                    "learning_rate": 1e-5,
+                    "optimizer": "adamw",
+                }
+                result = heal(DistillConfig(**settings), teacher, student, *packs, self.work / f"qad-{name}-{loss}")
+                after = result.after
+                found[f"{name} {loss}"] = {
+                    "rounded": result.before.kl,
+                    "learned": after.kl,
+                    "ce_before": result.before.student_ce,
+                    "ce_after": after.student_ce,
+                    "tokens": result.tokens,
+                    "tokens_per_s": result.tokens_per_s,
+                }
+                print(name, loss, found[f"{name} {loss}"], flush=True)
+        return found
+
+
+def shares(architecture: Architecture) -> dict[str, int]:
+    """Subblocks by precision."""
+    parts = [part for layer in architecture for part in (layer.attention, layer.ffn) if part.kind != "skip"]
+    return {name: sum(part.precision == name for part in parts) for name in architecture.precisions}
+
+
+def tell(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_json(path, content)
+
+
+def tables(found: dict[str, Any]) -> None:
+    """What docs/benchmarks.md shows."""
+    if grid := found.get("parent"):
+        print("\n| parent | " + " | ".join(grid["off the grid"]) + " |\n|" + "---|" * (1 + len(grid["off the grid"])))
+        for name in ("of the file", "off the grid"):
+            print(f"| {name} | " + " | ".join(f"{kl:.4f}" for kl in grid[name].values()) + " |")
+    if additivity := found.get("additivity"):
+        print("\n| format | sum against joint: median | largest | apart: median | largest |\n|" + "---|" * 5)
+        for name, errors in additivity["errors"].items():
+            if errors:
+                print(f"| {name} | " + " | ".join(f"{value:.2%}" for value in errors.values()) + " |")
+    if budgets := found.get("budgets"):
+        print(
+            "\n| budget | child | held-out KL | GB | KV cache | subblocks by format | attentions skipped | search s |\n|"
+            + "---|" * 8
+        )
+        for row in budgets:
+            formats = ", ".join(f"{count} {name}" for name, count in row["precisions"].items())
+            print(
+                f"| {row['budget']} | {row['name']} | {row['kl']:.4f} | {row['gb']:.4f} | {row['kv_dtype']} | {formats} "
+                f"| {row['skipped']} | {row['seconds'] or ''} |"
+            )
+    if gptq := found.get("gptq"):
+        print("\n| format | bits a weight | nearest | GPTQ | ratio | s |\n|" + "---|" * 6)
+        for name, of in gptq.items():
+            bits = FORMATS[name].bits_per_weight(1536, 576)
+            print(
+                f"| {name} | {bits:.2f} | {of['nearest']:.5f} | {of['gptq']:.5f} | {of['nearest'] / of['gptq']:.2f} | {of['seconds']:.1f} |"
+            )
+    if qad := found.get("qad"):
+        print(
+            "\n| format | loss | KL rounded | KL learned | ratio | CE before | CE after | tokens | tokens/s |\n|"
+            + "---|" * 9
+        )
+        for name, of in qad.items():
+            print(
+                f"| {name.replace(' ', ' | ')} | {of['rounded']:.4f} | {of['learned']:.4f} | {of['rounded'] / of['learned']:.2f} "
+                f"| {of['ce_before']:.4f} | {of['ce_after']:.4f} | {of['tokens']:,} | {of['tokens_per_s']:,.0f} |"
+            )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--parent", default="smollm2")
+    arguments.add_argument("--data", default="python-docs")
+    arguments.add_argument("--work", type=Path, default=Path("runs/precision"))
+    arguments.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--small", action="store_true", help="few tokens, on the CPU: a check of this script")
+    chosen = arguments.parse_args()
+    bench, found = Bench(chosen), {}
+    parts: dict[str, Callable[[], Any]] = {
+        "parent": bench.grid_part,
+        "additivity": bench.additivity_part,
+        "budgets": bench.budgets_part,
+        "gptq": bench.gptq_part,
+        "qad": bench.qad_part,
+    }
+    for name in chosen.parts:
+        started = time.perf_counter()
+        found[name] = parts[name]()
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        if chosen.out:
+            tell(chosen.out, found)
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    print(f"\n{device}, torch {torch.__version__}")
+    tables(found)
+
+
+if __name__ == "__main__":
+    main()
