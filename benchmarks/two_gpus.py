@@ -3,7 +3,7 @@
     python benchmarks/two_gpus.py                  all GPUs there are, a random parent of SmolLM2-135M's shape
     python benchmarks/two_gpus.py --small          two gloo processes on the CPU, a tiny shape
 
-Scores: `nas score`'s sweep on random tokens, compared row by row. Healing: the losses of 8 steps in float32 with the same global
+Scores: `nas score`'s sweep on random tokens, compared row by row. Healing: the losses of 20 steps in float32 with the same global
 batch, for student and teacher whole (DDP) and sharded (FSDP2), AdamW and Muon; then tokens/s and memory of the default recipe.
 """
 
