@@ -5,7 +5,8 @@
     0       ffn         w14336          0.0     ...
     fixed               embeddings              ...
 
-A layer has joint rows, attention x FFN, or rows for each of its subblocks. Our own scores.csv is such a table, too.
+A layer has joint rows, attention x FFN, or rows for each of its subblocks. Our own scores.csv is such a table, too. Candidates
+named as ours may carry a number format ("attention:kv8@fp8").
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from functools import cached_property
 from pathlib import Path
 
 from blocks.errors import ConfigError, DataError
+from blocks.shape import ModelShape
 from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
 from nas.costs import DTYPE_BYTES, Scenario
 from nas.external_rows import TIMES, WHOLE, Record, read_records
+from nas.external_shape import Count, find_shape
 from nas.limits import FLAGS
 
 FIXED = "fixed"
@@ -63,6 +66,7 @@ class ExternalTable:
         rows: candidates of each.
         fixed: what is there whatever is chosen, by limit; the scenario's reserve is part of its memory.
         has_fixed: whether the table has rows of that.
+        shape: of the parent, where the names and counts of the rows tell it (nas/external_shape.py).
     """
 
     path: Path
@@ -71,6 +75,7 @@ class ExternalTable:
     rows: tuple[tuple[Candidate, ...], ...]
     fixed: Mapping[str, int]
     has_fixed: bool
+    shape: ModelShape | None = None
 
     @property
     def scores(self) -> list[list[float]]:
@@ -139,8 +144,9 @@ def load_external(path: Path, scenario: Scenario) -> ExternalTable:
     """Reads a table and prices it in a scenario. Raises DataError in one line, with file and row."""
     found: dict[tuple[int, str], dict[str, Candidate]] = {}
     fixed: dict[str, Candidate] = {}
-    for record in read_records(path):
-        layer, subblock, name = _place(record)
+    records = [(record, *_place(record)) for record in read_records(path)]
+    shape = _shape(records)
+    for record, layer, subblock, name in records:
         group = fixed if layer is None else found.setdefault((layer, subblock), {})
         if name in group:
             of = FIXED if layer is None else f"layer {layer}"
@@ -148,13 +154,55 @@ def load_external(path: Path, scenario: Scenario) -> ExternalTable:
         score = record.number_of("score")
         if score is None and layer is not None:
             raise DataError(f"{record.where}: no score")
-        group[name] = Candidate(
-            record.number, name, _spec(subblock, name), score or 0.0, _amounts(record, subblock, scenario)
-        )
+        spec = _spec(subblock, name)
+        amounts = _amounts(record, subblock, scenario, _served(record, spec, shape, scenario))
+        group[name] = Candidate(record.number, name, spec, score or 0.0, amounts)
     _require_whole(path, found)
     groups = tuple(sorted(found, key=lambda group: (group[0], SUBBLOCKS.index(group[1]))))
     rows = tuple(tuple(found[group].values()) for group in groups)
-    return ExternalTable(path, scenario, groups, rows, _fixed(fixed.values(), scenario), bool(fixed))
+    return ExternalTable(path, scenario, groups, rows, _fixed(fixed.values(), scenario), bool(fixed), shape)
+
+
+def _shape(records: Sequence[tuple[Record, int | None, str, str]]) -> ModelShape | None:
+    """The parent's, from the rows whose names are ours."""
+    counts, layers = [], set()
+    for record, layer, subblock, name in records:
+        layers.add(layer)
+        spec = None if layer is None else _spec(subblock, name)
+        parameters = _parameters(record)
+        if spec is not None and parameters is not None:
+            per_token = record.number_of("kv_bytes_per_token", least=0.0)
+            counts.append(Count.of(spec, round(parameters), None if per_token is None else round(per_token)))
+    return find_shape(counts, len(layers - {None}))
+
+
+def _parameters(record: Record) -> float | None:
+    """As they are told, or by `weight_bytes` in bf16."""
+    told, half = record.number_of("parameters", least=0.0), record.number_of("weight_bytes", least=0.0)
+    return told if told is not None or half is None else half / 2
+
+
+def _served(
+    record: Record, spec: LayerSpec | AttentionSpec | FFNSpec | None, shape: ModelShape | None, scenario: Scenario
+) -> int | None:
+    """Bytes of the weights of a candidate in another format than bf16 that says its parameters and not its bytes.
+
+    Raises DataError if they cannot be known, for a format that is not known here, or one that cannot hold its matrices.
+    """
+    if spec is None or spec == spec.structure or record.text("bytes") or _parameters(record) is None:
+        return None
+    if shape is None:
+        raise DataError(
+            f"{record.where}: {spec} has no bytes, its weights as they are served; parameters do not tell them, nor do the "
+            "rows of this table tell the sizes of its matrices"
+        )
+    from blocks.rounded import subblock_bytes
+
+    parts = (spec.attention, spec.ffn) if isinstance(spec, LayerSpec) else (spec,)
+    try:
+        return sum(subblock_bytes(shape, part, DTYPE_BYTES[scenario.weight_dtype]) for part in parts)
+    except ConfigError as error:
+        raise DataError(f"{record.where}: {error}; give its bytes, or leave it out") from error
 
 
 def _fixed(rows: Iterable[Candidate], scenario: Scenario) -> dict[str, int]:
@@ -217,16 +265,16 @@ def _spec(subblock: str, name: str) -> LayerSpec | AttentionSpec | FFNSpec | Non
         return None
 
 
-def _amounts(record: Record, subblock: str, scenario: Scenario) -> dict[str, int]:
+def _amounts(record: Record, subblock: str, scenario: Scenario, served: int | None) -> dict[str, int]:
     """What a row takes of every limit that it says something of, in whole numbers.
 
-    An FFN caches nothing; what is fixed takes nothing of what it does not say.
+    `served` are its weights where its number format says them. An FFN caches nothing; what is fixed takes nothing of what it does not say.
     """
     value = {name: record.number_of(name, least=0.0) for name in (*WHOLE, *TIMES)}
     prefill, decode, whole = (None if ms is None else round(ms * 1e6) for ms in (value[name] for name in TIMES))
     kv = _kv(value, scenario)
     said = {
-        "weights": _weights(record, value, scenario),
+        "weights": _weights(record, value, scenario) if served is None else served,
         "parameters": None if value["parameters"] is None else round(value["parameters"]),
         "kv": 0 if kv is None and subblock == "ffn" else kv,
         "ttft": prefill,

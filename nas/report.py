@@ -132,7 +132,8 @@ def _models(found: dict[str, Any], results: dict[str, Any]) -> list[dict[str, An
             model["kl"], model["kl_se"] = _measured(found, baseline.get("layers"), kind)
         models.append(model)
     if alone := found.get("fp8_alone"):  # of a search on a table alone
-        models.append(_model("parent in fp8", "parent-uniform-precision", alone, alone, None))
+        facts = {"predicted_kl": alone["predicted_kl"]}
+        models.append(_model("parent in fp8", "parent-uniform-precision", facts, alone, None))
     healed = next((row for row in results.get("rows") or [] if row.get("name") == "child after healing"), None)
     if healed:
         models.append(_model("child after healing", "healed", {}, found.get("cost"), healed))

@@ -19,6 +19,7 @@ from nas.format_words import UNIFORM, baseline_name, bits_text, by_structure, co
 from nas.limits import UNITS, cost_field, in_words
 from nas.run import Run
 from nas.table import load_table
+from nas.table_fp8 import fp8_lines
 
 # Share of the parent's cost kept, from nothing to all: background colours that read on light and dark terminals.
 SHADES = ((0.001, "grey37"), (0.34, "dark_orange3"), (0.67, "gold3"), (0.999, "chartreuse4"), (1e9, "dark_green"))
@@ -156,7 +157,7 @@ def _format_legend(formats: list[dict[str, Any]], marks: dict[str, str]) -> Text
     for place, format in enumerate(formats):
         legend.append("; " if place else "")
         legend.append(marks[format["name"]], style=f"bold {FORMAT_COLOURS.get(format['name'], 'default')}")
-        legend.append(f" {format['name']}, {bits_text(format['bits'])}, {format['subblocks']} of them")
+        legend.append(f" {format['name']} ({bits_text(format['bits'])}, {format['subblocks']} subblocks)")
     return legend
 
 
@@ -185,6 +186,7 @@ def search_lines(found: dict[str, Any], width: int) -> RenderableType:
     else:
         parts.append(Text("\n".join(_runs(found))))
     parts.append(limit_lines(found))
+    parts += [Text(line) for line in fp8_lines(found)]
     if "table" in found and (same := found["baselines"].get("uniform")):
         parts.append(Text(f"{'uniform':<11}the same in every layer within the limits: {same['predicted_kl']:.4f}"))
     if "heldout" in found:

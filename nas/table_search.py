@@ -25,6 +25,7 @@ from nas.external import Candidate, ExternalTable, load_external
 from nas.limits import Bound, as_limits, bounds_of, cost_field, infeasible, limits_told
 from nas.run import digest
 from nas.solve import Problem, Solution, extreme, solve_pool
+from nas.table_fp8 import fp8_alone, subblock_size
 
 
 def run_table_search(path: Path, config: SearchConfig, scenario: Scenario, run: Path, dry_run: bool) -> dict[str, Any]:
@@ -91,11 +92,17 @@ def _infeasible(table: ExternalTable, problem: Problem, bounds: Sequence[Bound])
     most = next((bound.high for bound in bounds if bound.name == "memory"), None)
     least = None if most is None else extreme(problem, "memory", "min")
     size = 0 if least is None else least + table.fixed["memory"]
+    alone = fp8_alone(table, bounds)
+    fp8 = (
+        ""
+        if alone is None
+        else f"; the parent in fp8 alone takes {'' if alone['exact'] else 'at least '}{alone['gb']:.4f} GB"
+    )
     if most is None or size <= most:
         return InfeasibleBudgetError(
-            f"{error}; change a limit, or give more candidates", error.smallest_gb, error.binding
+            f"{error}; change a limit, or give more candidates{fp8}", error.smallest_gb, error.binding
         )
-    advice = f"; the smallest budget is --budget-gb {Decimal(size) / 10**9:f}, or give more candidates"
+    advice = f"; the smallest budget is --budget-gb {Decimal(size) / 10**9:f}, or give more candidates{fp8}"
     return InfeasibleBudgetError(f"{error}{advice}", size / 1e9, "memory")
 
 
@@ -151,6 +158,7 @@ def _told(
         "layers": table.names(best.choice),
         "pool": [{"predicted_kl": s.score, "totals": _whole(table, s), "layers": table.names(s.choice)} for s in pool],
         "baselines": {},
+        "fp8_alone": fp8_alone(table, bounds),
         "trials": [],
         "warnings": [] if table.has_fixed else [_NOTHING_FIXED],
     }
@@ -212,13 +220,25 @@ def _by_kind(table: ExternalTable, choice: Sequence[int]) -> dict[str, int]:
     found = {"attention": 0, "ffn": 0, "layer": 0}
     for (_, subblock), rows, c in zip(table.groups, table.rows, choice, strict=True):
         weights = rows[c].amounts["weights"]
-        attention = _alone(rows, rows[c], "weights")
+        attention = _attention(table, rows, rows[c])
         if subblock == "layer" and attention is not None:
             found["attention"] += attention
             found["ffn"] += weights - attention
         else:
             found[subblock] += weights
     return {f"{kind}_bytes": size for kind, size in found.items() if size or kind != "layer"}
+
+
+def _attention(table: ExternalTable, rows: Sequence[Candidate], row: Candidate) -> int | None:
+    """Weights of the attention of a joint row: as a row tells, or by the parent's sizes where those give the whole row's."""
+    told = _alone(rows, row, "weights")
+    if told is not None or table.shape is None or not isinstance(row.spec, LayerSpec):
+        return told
+    try:
+        attention, ffn = (subblock_size(table, part) for part in (row.spec.attention, row.spec.ffn))
+    except ConfigError:
+        return None
+    return attention if attention + ffn == row.amounts["weights"] else None
 
 
 def _alone(rows: Sequence[Candidate], row: Candidate, amount: str, ffn: bool = False) -> int | None:
@@ -232,6 +252,8 @@ def _alone(rows: Sequence[Candidate], row: Candidate, amount: str, ffn: bool = F
 def _kept(table: ExternalTable) -> dict[str, float]:
     """The share of the parent's bytes that each candidate of a subblock or layer keeps, over the layers that have it.
 
+    Of a candidate in several number formats, that of bf16 alone: it says what is kept of the structure.
+
     Empty if the table has no bytes, or joint rows of ours that cannot be told apart into attention and FFN.
     """
     if "memory" not in table.known:
@@ -239,14 +261,21 @@ def _kept(table: ExternalTable) -> dict[str, float]:
     own: dict[str, int] = {}
     of: dict[str, int] = {}
     for rows, parent in zip(table.rows, table.parent, strict=True):
-        sizes = [_sizes(table, rows, row) for row in rows]
+        sizes = [_sizes(table, rows, row) for row in rows if not _rounded(rows, row)]
+        parents = _sizes(table, rows, rows[parent])
         if any(size is None for part in sizes for size in part.values()):
             return {}
-        whole = list(sizes[parent].values())
-        for name, size, parents in {(n, s, p) for part in sizes for (n, s), p in zip(part.items(), whole, strict=True)}:
+        whole = list(parents.values())
+        for name, size, all_ in {(n, s, p) for part in sizes for (n, s), p in zip(part.items(), whole, strict=True)}:
             own[name] = own.get(name, 0) + (size or 0)
-            of[name] = of.get(name, 0) + (parents or 0)
+            of[name] = of.get(name, 0) + (all_ or 0)
     return {name: own[name] / of[name] if of[name] else 1.0 for name in own}
+
+
+def _rounded(rows: Sequence[Candidate], row: Candidate) -> bool:
+    """Whether a candidate is one of these in another number format than bf16."""
+    spec = row.spec
+    return spec is not None and spec != spec.structure and any(other.spec == spec.structure for other in rows)
 
 
 def _sizes(table: ExternalTable, rows: Sequence[Candidate], row: Candidate) -> dict[str, int | None]:

@@ -824,7 +824,7 @@ def test_the_terminal_marks_formats_layer_by_layer(run: Path) -> None:
         assert [line for line in lines if line.startswith(name)] == [x for x in plain_lines if x.startswith(name)]
     told = next(line for line in lines if line.startswith("in formats: "))
     count = sum("skip" not in layer.split("+")[0] for layer in before["layers"])
-    assert f"8 fp8, 8.03 bits a weight, {count} of them" in told and "n nvfp4, 4.5 bits a weight" in told
+    assert f"8 fp8 (8.03 bits a weight, {count} subblocks)" in told and "n nvfp4 (4.5 bits a weight" in told
     assert any(re.match(r"baseline +parent in fp8: .* GB, true KL 0\.0123 \+- 0\.0004", line) for line in lines)
     assert any(re.match(r"baseline +best structure in int8: ", line) for line in lines)
     assert any(re.match(r"KV cache +float16$", line.rstrip()) for line in lines)
