@@ -10,6 +10,8 @@ engine wants is added as zeros or repeated, which is exact as well:
     - an attention with one KV head and all weights zero, where layer 0 has no attention
     - an FFN of 256 zero channels, where a layer has an attention alone
     - KV heads repeated, where layers differ in their number: query head i reads a copy of the head it read before
+
+Precisions go along with their attention or FFN; what is added as zeros is bf16.
 """
 
 from __future__ import annotations
@@ -52,11 +54,13 @@ class Change:
         text: what is done, as in "ok with TEXT"; layers are numbered as in the child.
         parameters: how many more there are; 0 or less where something goes.
         kv_values: how many more scalars each token leaves in the cache.
+        more_bytes: how many more bytes the weights take, beside what the parameters do.
     """
 
     text: str
     parameters: int = 0
     kv_values: int = 0
+    more_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,23 +89,33 @@ class Rewrite:
 
     def tensors(self, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The result's tensors by their Llama names, one by one. `read` gives one of the child's by its name."""
-        import torch
-
         from blocks.child.layout import expected_tensors
 
-        dtype = read("model.norm.weight").dtype
         for name, size in expected_tensors(self.shape, self.architecture).items():
-            if not name.startswith("model.layers."):
-                yield name, read(name)
-                continue
-            layer, part = name.removeprefix("model.layers.").split(".", 1)
-            of_attention = part.startswith(("self_attn.", "input_layernorm."))
-            placed = (self.attentions if of_attention else self.ffns)[int(layer)]
-            assert placed is not None, name
-            if placed.source is None:
-                yield name, torch.ones(size, dtype=dtype) if "norm" in part else torch.zeros(size, dtype=dtype)
-            else:
-                yield name, self._fitted(read(f"model.layers.{placed.source}.{part}"), part, size)
+            yield name, self._tensor(name, size, read)
+
+    def layer(self, index: int, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The result's tensors of one layer, by their names within it."""
+        from blocks.child.layout import expected_tensors
+
+        prefix = f"model.layers.{index}."
+        sizes = expected_tensors(self.shape, self.architecture)
+        wanted = {name: size for name, size in sizes.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): self._tensor(name, size, read) for name, size in wanted.items()}
+
+    def _tensor(self, name: str, size: tuple[int, ...], read: Callable[[str], Tensor]) -> Tensor:
+        if not name.startswith("model.layers."):
+            return read(name)
+        layer, part = name.removeprefix("model.layers.").split(".", 1)
+        of_attention = part.startswith(("self_attn.", "input_layernorm."))
+        placed = (self.attentions if of_attention else self.ffns)[int(layer)]
+        assert placed is not None, name
+        if placed.source is not None:
+            return self._fitted(read(f"model.layers.{placed.source}.{part}"), part, size)
+        import torch
+
+        dtype = read("model.norm.weight").dtype
+        return torch.ones(size, dtype=dtype) if "norm" in part else torch.zeros(size, dtype=dtype)
 
     def _fitted(self, tensor: Tensor, part: str, size: tuple[int, ...]) -> Tensor:
         """Repeats KV heads, and pads FFNs with zero channels."""
@@ -214,7 +228,7 @@ def _one_kv_count(shape: ModelShape, parts: list[Placed]) -> tuple[list[Placed],
         if isinstance(placed.spec, AttentionSpec) and placed.spec.kind == "kv":
             parameters += shape.attention_parameters(common) - shape.attention_parameters(placed.spec)
             values += shape.kv_values_per_token(common) - shape.kv_values_per_token(placed.spec)
-            placed = Placed(common, placed.source)
+            placed = Placed(common.at(placed.spec.precision), placed.source)
         grown.append(placed)
     return grown, [Change(f"KV heads repeated to {common.kv_heads} in every layer", parameters, values)]
 

@@ -28,6 +28,7 @@ from blocks.child.layout import (
 )
 from blocks.errors import CheckpointError, some_of
 from blocks.files import replace_directory, write_tensors
+from blocks.packing import Sizes, is_packed, packed_tensors, quantization_config
 from blocks.shape import ModelShape
 from blocks.spec import Architecture
 from blocks.weights import EMBEDDING, HEAD, INDEX, SINGLE, WeightStore
@@ -72,6 +73,7 @@ def write_child(
     shard_bytes: int = SHARD_BYTES,
     config: Mapping[str, Any] | None = None,
     rename: Callable[[str], str] = str,
+    packed: bool = False,
 ) -> None:
     """Writes a child checkpoint; `path` holds the whole child afterwards, or what it held before.
 
@@ -85,17 +87,25 @@ def write_child(
         shard_bytes: largest size of one safetensors file.
         config: stands in for the parent's config.json, where the child has other sizes than `parent_dir`.
         rename: from Llama's names to those on disk, for an engine that has its own.
+        packed: the tensors are those of `blocks.packing.packed_tensors`, FFNs padded to 256 and all, and config.json says so;
+            else they are master weights, whatever the precisions of the architecture.
 
     Raises:
-        CheckpointError: if tensors are missing, left over or of another shape, or the disk refuses.
+        CheckpointError: if tensors are missing, left over or of another shape (packed: or dtype), or the disk refuses.
     """
     path, parent_dir = Path(path), Path(parent_dir)
     parent_config = as_config(read_config(parent_dir) if config is None else config)
     written = child_config(parent_config, architecture, dtype)
     pairs = state_dict.items() if isinstance(state_dict, Mapping) else state_dict
+    parent = shape_of(parent_config)
+    if packed:
+        written.quantization_config = quantization_config(architecture)
+        fitted = _packed(pairs, packed_tensors(*as_built(parent, architecture), getattr(torch, dtype)))
+    else:
+        converted = getattr(torch, dtype)
+        fitted = ((name, tensor.to(converted)) for name, tensor in _fitted(pairs, parent, architecture))
     with replace_directory(path) as directory:
-        fitted = _fitted(pairs, shape_of(parent_config), architecture)
-        _write_shards(directory, ((rename(name), tensor) for name, tensor in fitted), dtype, shard_bytes)
+        _write_shards(directory, ((rename(name), tensor) for name, tensor in fitted), shard_bytes)
         (directory / "config.json").write_text(written.to_json_string())
         for name in MODEL_CODE:
             shutil.copyfile(Path(__file__).parent / "child" / name, directory / name)
@@ -132,6 +142,24 @@ def _fitted(
     yield from ((name, torch.zeros(size)) for name, size in awaited.items())
 
 
+def _packed(pairs: Iterable[tuple[str, Tensor]], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
+    """Checks names, shapes and dtypes as the tensors pass."""
+    awaited = dict(sizes)
+    for name, tensor in pairs:
+        if name not in awaited:
+            raise CheckpointError(
+                f"{name} is {'given twice' if name in sizes else 'not a tensor of this packed child'}"
+            )
+        size, dtype = awaited.pop(name)
+        if tuple(tensor.shape) != size or tensor.dtype != dtype:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, the packed child needs {dtype} {list(size)}"
+            )
+        yield name, tensor
+    if awaited:
+        raise CheckpointError(f"tensors are missing: {some_of(list(awaited))}")
+
+
 def _zero_padded(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
     """Zero rows of gate and up, zero columns of down: channels that add exactly nothing."""
     if tuple(tensor.shape) == size:
@@ -140,7 +168,7 @@ def _zero_padded(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.pad(tensor, [end for extra in reversed(lacking) for end in (0, extra)])
 
 
-def _write_shards(directory: Path, pairs: Iterable[tuple[str, Tensor]], dtype: str, shard_bytes: int) -> None:
+def _write_shards(directory: Path, pairs: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = filled = 0
@@ -152,7 +180,7 @@ def _write_shards(directory: Path, pairs: Iterable[tuple[str, Tensor]], dtype: s
 
     for name, tensor in pairs:
         # A copy, because safetensors refuses tensors that share memory, as slices of a fused matrix do.
-        kept = tensor.detach().to("cpu", getattr(torch, dtype), copy=True).contiguous()
+        kept = tensor.detach().to("cpu", copy=True).contiguous()
         if shard and filled + kept.nbytes > shard_bytes:
             flush()
             filled = 0
@@ -178,12 +206,17 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
 
 
 def check_child(path: Path | str) -> None:
-    """Compares a child's files with its configuration, reading only the headers of the tensors.
+    """Compares a child's files with its configuration, reading only the headers of the tensors; of a packed one its scales, too.
 
     Raises:
         CheckpointError: if a file is damaged or absent, or a tensor is missing, left over or of another shape.
     """
-    WeightStore(path).check(expected_tensors(*read_architecture(path)), only=True)
+    store, (shape, architecture) = WeightStore(path), read_architecture(path)
+    if is_packed(content := read_config(Path(path))):
+        from blocks.packed_child import check_packed
+
+        return check_packed(store, content, shape, architecture)
+    store.check(expected_tensors(shape, architecture), only=True)
 
 
 def load_child(
@@ -202,6 +235,11 @@ def load_child(
     from blocks.child.modeling_decilm import DeciLMForCausalLM
 
     check_child(path)
+    if is_packed(read_config(Path(path))):
+        from blocks.packed_child import load_packed
+
+        packed = load_packed(Path(path), dtype)
+        return packed if device is None else nn.Module.to(packed, device)
     try:
         model: DeciLMForCausalLM = DeciLMForCausalLM.from_pretrained(Path(path), dtype=dtype, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:

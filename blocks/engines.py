@@ -17,9 +17,10 @@ from typing import Any
 from blocks.canonical import Change, Form, canonical, layers_of
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape
-from blocks.spec import Architecture, AttentionSpec, FFNSpec
+from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec
 
 ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+INTEGERS = ("int4", "int4-g32", "int8")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Engine:
         ropes: rotary embeddings it knows, as `rope_type`.
         every_key: fails on a block of `block_configs` that leaves out a key.
         gguf: reads one GGUF file, not the directory.
+        precisions: formats, beside bf16, that it reads in compressed-tensors form; some need a GPU of a kind (docs/export.md).
+        mixed_forms: reads several of these forms in one child, such as float-quantized beside pack-quantized.
     """
 
     title: str
@@ -57,6 +60,8 @@ class Engine:
     ropes: tuple[str, ...] = ROPES
     every_key: bool = False
     gguf: bool = False
+    precisions: tuple[str, ...] = ()
+    mixed_forms: bool = False
 
     def form(self, portable: bool = True) -> Form:
         """The form in which this engine loads a child; `portable`: a layer's attention never stands alone."""
@@ -64,12 +69,18 @@ class Engine:
 
 
 ENGINES = {
-    "vllm": Engine("vLLM", "vllm serve CHILD (with marquetry installed there, else --trust-remote-code)"),
+    "vllm": Engine(
+        "vLLM",
+        "vllm serve CHILD (with marquetry installed there, else --trust-remote-code)",
+        precisions=("fp8", "nvfp4", "nvfp4a16", *INTEGERS),
+        mixed_forms=True,
+    ),
     "sglang": Engine(
         "SGLang",
         "python -m sglang.launch_server --model-path CHILD --trust-remote-code",
         one_kv_count=True,
         mlp_bias=False,
+        precisions=("fp8", "nvfp4", *INTEGERS),
     ),
     "trtllm": Engine(
         "TensorRT-LLM",
@@ -80,6 +91,7 @@ ENGINES = {
         attention_bias=False,
         mlp_bias=False,
         every_key=True,
+        precisions=("fp8",),
     ),
     "llamacpp": Engine(
         "llama.cpp",
@@ -106,6 +118,8 @@ ENGINES = {
         linear_ffn=True,
         first_attention=False,
         qk_norm=True,
+        precisions=("fp8", "nvfp4", "nvfp4a16", *INTEGERS, "int3"),
+        mixed_forms=True,
     ),
 }
 
@@ -155,6 +169,18 @@ def engine_of(name: str, option: str) -> Engine:
     return ENGINES[name]
 
 
+def serves_precision(engine: str, name: str) -> bool:
+    """Whether an engine serves matrices in a format by its name; `engine` is a key of `ENGINES`."""
+    return name == BF16 or name in ENGINES[engine].precisions
+
+
+def form_of(precision: str) -> str:
+    """The form of compressed-tensors that a format lies on disk in, as `blocks.packing` writes it."""
+    if precision.startswith("nvfp4"):
+        return "nvfp4-pack-quantized"
+    return "float-quantized" if precision == "fp8" else "pack-quantized"
+
+
 def verdict(
     name: str,
     shape: ModelShape,
@@ -162,6 +188,7 @@ def verdict(
     rope: str = "default",
     linear_name: str = "",
     written: bool = False,
+    packed: bool = False,
 ) -> Verdict:
     """What an engine makes of a child as it lies on disk.
 
@@ -170,6 +197,7 @@ def verdict(
         rope: the child's `rope_type`.
         linear_name: the word that its linear replacements are stored under, "" for ours.
         written: whether a GGUF file of it stands beside the directory.
+        packed: whether its weights are packed, so that nothing in it can be changed any more.
     """
     engine = ENGINES[name]
     if because := unsupported(engine, shape, architecture, rope):
@@ -185,6 +213,9 @@ def verdict(
         changes.append(_renamed(engine))
     if engine.gguf:
         changes.append(Change("a GGUF file"))
+    if packed and changes:
+        needed = "; ".join(change.text for change in changes)
+        return Verdict(name, (f"it is packed, and would need {needed}: export its bf16 child to this engine",))
     return Verdict(name, (), tuple(changes))
 
 
@@ -215,12 +246,39 @@ def unsupported(engine: Engine, shape: ModelShape, architecture: Architecture, r
         reasons.append(f"it takes head_dim to be hidden_size / num_attention_heads, not {shape.head_dim}")
     if rope not in engine.ropes:
         reasons.append(f"it knows no rotary embedding of type {rope} in this form")
-    return reasons
+    return reasons + _unread_formats(engine, architecture)
+
+
+def _unread_formats(engine: Engine, architecture: Architecture) -> list[str]:
+    """What of a child's precisions an engine does not read, in words."""
+    used = [name for name in architecture.precisions if name != BF16]
+    if not used:
+        return []
+    instead = "`nas export --no-pack` writes bf16"
+    if not engine.precisions:
+        why = (
+            "its formats are of its own making" if engine.gguf else "it reads no packed weights of a nemotron-nas model"
+        )
+        return [f"{why}, not {and_list(used)} ({instead})"]
+    if unknown := [name for name in used if name not in engine.precisions]:
+        return [f"it reads no {and_list(unknown)} weights in compressed-tensors form ({instead})"]
+    forms = sorted({form_of(name) for name in used})
+    if len(forms) > 1 and not engine.mixed_forms:
+        return [f"it reads one form of packed weights in a model, not {and_list(forms)} ({instead})"]
+    return []
+
+
+def and_list(names: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def changes_json(changes: Iterable[Change], weight_bytes: int) -> list[dict[str, Any]]:
     """Changes for machines: `text`, `bytes` of weights more, `kv_values` more a token."""
-    return [{"text": c.text, "bytes": c.parameters * weight_bytes, "kv_values": c.kv_values} for c in changes]
+    return [
+        {"text": c.text, "bytes": c.parameters * weight_bytes + c.more_bytes, "kv_values": c.kv_values} for c in changes
+    ]
 
 
 def in_words(text: str, bytes: int, kv_values: int) -> str:

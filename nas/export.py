@@ -3,6 +3,9 @@
     child = open_child(Path("runs/default"))             # its healed/, else its child/
     verdicts(child)["vllm"].text(child.weight_bytes)     # "ok", "ok with ...", "unsupported because ..."
     export_child(child, "sglang", Path("out"))
+    export_child(child, "vllm", Path("out"), packing=Packing("gptq", Path("runs/default")))
+
+A child with precisions is written with its weights in them, in compressed-tensors form (blocks/packing.py).
 
 `open_child` is strict: a tensor that is missing, left over, of another shape or dtype, or a config.json that contradicts
 itself or comes from a newer version, is an error of one line.
@@ -10,25 +13,26 @@ itself or comes from a newer version, is an error of one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blocks.canonical import Change, Rewrite, canonical
 from blocks.child.layout import expected_tensors, read_architecture, read_config
-from blocks.engines import ENGINES, Engine, Verdict, changes_json, engine_of, unsupported, verdict
+from blocks.engines import ENGINES, Engine, Verdict, and_list, changes_json, engine_of, unsupported, verdict
 from blocks.errors import CheckpointError, ConfigError, NasError, UnsupportedModelError
 from blocks.families import CHILD_TYPE
 from blocks.files import remove_directory
-from blocks.shape import ModelShape
-from blocks.spec import Architecture
+from blocks.shape import ModelShape, as_built
+from blocks.spec import BF16, Architecture
 from blocks.weights import WeightStore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nas.packed_export import Packing
     from nas.progress import Reporter
 
 OURS = {"self_attn.linear_attn.": "self_attn.linear.", "mlp.linear_mlp.": "mlp.linear."}  # and mlx-lm's names
@@ -58,6 +62,11 @@ class Child:
     def linear_name(self) -> str:
         """What its linear replacements are stored under: "" for our names, "linear" for mlx-lm's."""
         return "linear" if any(name.endswith((".linear.weight",)) for name in self.store.shapes) else ""
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights lie there in their formats; else in `dtype`, whatever its precisions."""
+        return bool(self.content.get("quantization_config"))
 
     @property
     def rope(self) -> str:
@@ -98,6 +107,13 @@ def open_child(path: Path) -> Child:
     place = find_child(path)
     content = read_config(place)
     child = Child(place, content, *read_architecture(place))
+    if child.packed:
+        from blocks.packed_child import check_packed
+
+        check_packed(child.store, content, child.shape, child.architecture)
+        _check_dtypes(child, ["model.embed_tokens.weight"])
+        _check_config(child)
+        return child
     expected = expected_tensors(child.shape, child.architecture)
     if child.linear_name:
         expected = {_renamed(name): size for name, size in expected.items()}
@@ -107,7 +123,7 @@ def open_child(path: Path) -> Child:
     return child
 
 
-def _check_dtypes(child: Child, names: Mapping[str, Any]) -> None:
+def _check_dtypes(child: Child, names: Iterable[str]) -> None:
     stored = {name: str(child.store.get(name).dtype).removeprefix("torch.") for name in names}
     said = child.content.get("dtype") or child.content.get("torch_dtype") or child.dtype
     if wrong := [f"{name} {dtype}" for name, dtype in stored.items() if dtype != said]:
@@ -149,10 +165,13 @@ def lacks(child: Child, engine: Engine) -> list[str]:
 
 
 def verdicts(child: Child, written: bool = False) -> dict[str, Verdict]:
-    """What each engine makes of a child as it lies there. `written`: a GGUF file of it has just been written."""
+    """What each engine makes of a child as it lies there. `written`: a GGUF file of it, in bf16, has just been written."""
     found = {}
     for name, engine in ENGINES.items():
-        found[name] = verdict(name, child.shape, child.architecture, child.rope, child.linear_name, written)
+        architecture = child.architecture.structure if written else child.architecture
+        found[name] = verdict(name, child.shape, architecture, child.rope, child.linear_name, written, child.packed)
+        if not found[name].because and not child.packed and (packing := packing_change(child, architecture)):
+            found[name] = Verdict(name, (), (*found[name].changes, packing))
         if engine.gguf and not found[name].because and (faults := _gguf_faults(child)):
             found[name] = Verdict(name, tuple(faults))
         if not found[name].because and (missing := lacks(child, engine)):
@@ -174,16 +193,52 @@ def _gguf_faults(child: Child) -> list[str]:
     return faults
 
 
-def plan_export(child: Child, to: str, portable: bool = True) -> Rewrite:
-    """What `nas export` would do. Raises UnsupportedModelError, saying why, if the engine cannot serve the child."""
+def packing_change(child: Child, architecture: Architecture) -> Change | None:
+    """What packing a child of that architecture does, with the bytes that it saves; None if all of it is bf16."""
+    formats = [name for name in architecture.precisions if name != BF16]
+    if not formats:
+        return None
+    from blocks.rounded import subblock_bytes
+
+    saved = 0
+    for layer in as_built(child.shape, architecture)[1]:
+        for part in (layer.attention, layer.ffn):
+            whole = subblock_bytes(child.shape, part.structure, child.weight_bytes)
+            saved += whole - subblock_bytes(child.shape, part, child.weight_bytes)
+    return Change(f"weights packed as {and_list(formats)}", more_bytes=-saved)
+
+
+def plan_export(child: Child, to: str, portable: bool = True, pack: bool = True) -> Rewrite:
+    """What `nas export` would do; without `pack`, precisions are left out of it.
+
+    Raises:
+        UnsupportedModelError: saying why, if the engine cannot serve the child.
+        ConfigError: if the child is packed already.
+    """
     engine = engine_of(to, "--to")
-    because = unsupported(engine, child.shape, child.architecture, child.rope)
+    if child.packed:
+        raise ConfigError(
+            f"{child.path} is packed already, and `nas check` says what loads it; export the bf16 child that it was made from"
+        )
+    architecture = child.architecture if pack else child.architecture.structure
+    because = unsupported(engine, child.shape, architecture, child.rope)
     if because := because or (_gguf_faults(child) if engine.gguf else []):
         raise UnsupportedModelError(f"{engine.title} cannot serve {child.path}: {'; '.join(because)}")
-    return canonical(child.shape, child.architecture, engine.form(portable))
+    rewrite = canonical(child.shape, architecture, engine.form(portable))
+    if packing := packing_change(child, rewrite.architecture):
+        return replace(rewrite, changes=(*rewrite.changes, packing))
+    return rewrite
 
 
-def export_child(child: Child, to: str, out: Path, reporter: Reporter, portable: bool = True) -> dict[str, Any]:
+def export_child(
+    child: Child,
+    to: str,
+    out: Path,
+    reporter: Reporter,
+    portable: bool = True,
+    packing: Packing | None = None,
+    pack: bool = True,
+) -> dict[str, Any]:
     """Writes a child in the form that an engine loads, whole or not at all, and says what every engine makes of it.
 
     Args:
@@ -191,29 +246,40 @@ def export_child(child: Child, to: str, out: Path, reporter: Reporter, portable:
         to: a key of `ENGINES`.
         out: a directory to write, or for llama.cpp a .gguf file. An earlier child there is replaced.
         portable: an attention never stands alone in its layer, which llama.cpp would drop.
+        packing: how weights are rounded, where the child has precisions; to nearest if None.
+        pack: False writes bf16 weights, whatever the precisions.
 
     Raises:
         UnsupportedModelError: saying why, if the engine cannot serve the child.
-        ConfigError: if something else than a child stands at `out`.
+        ConfigError: if something else than a child stands at `out`, or text is needed that is not there.
     """
-    rewrite, engine = plan_export(child, to, portable), ENGINES[to]
+    rewrite, engine = plan_export(child, to, portable, pack), ENGINES[to]
     _check_target(child, out, engine.gguf)
+    formats = [name for name in rewrite.architecture.precisions if name != BF16]
     names = len(expected_tensors(rewrite.shape, rewrite.architecture))
-    with reporter.task(f"Writing {out}", names) as advance:
-        if engine.gguf:
-            _write_gguf(child, rewrite, out, advance)
-        else:
-            _write(child, rewrite, out, engine.linear_name, advance)
+    if formats:
+        from nas.packed_export import Packing, write_packed
+
+        packing = packing or Packing()
+        write_packed(child, rewrite, out, packing, reporter)
+    else:
+        with reporter.task(f"Writing {out}", names) as advance:
+            if engine.gguf:
+                _write_gguf(child, rewrite, out, advance)
+            else:
+                _write(child, rewrite, out, engine.linear_name, advance)
     after = verdicts(child, written=True) if engine.gguf else verdicts(open_child(out))
-    more = sum(change.parameters for change in rewrite.changes)
+    changes = changes_json(rewrite.changes, child.weight_bytes)
     return {
         "child": str(child.path),
         "to": to,
         "out": str(out),
         "load": engine.load.replace("CHILD.gguf", str(out)).replace("CHILD", str(out)),
         "layers": {"before": len(child.architecture), "after": len(rewrite.architecture)},
-        "changes": changes_json(rewrite.changes, child.weight_bytes),
-        "added_bytes": more * child.weight_bytes,
+        "changes": changes,
+        "added_bytes": sum(change["bytes"] for change in changes),
+        "packed": formats,
+        "quantizer": packing.quantizer if formats and packing else None,
         "added_kv_values": sum(change.kv_values for change in rewrite.changes),
         "engines": {name: found.to_json(child.weight_bytes) for name, found in after.items()},
     }
@@ -227,16 +293,20 @@ def _write(child: Child, rewrite: Rewrite, out: Path, linear_name: str, advance:
             yield pair
             advance()
 
-    # Any description of the right sizes: `write_child` takes all else from it and writes the blocks anew.
-    config = dict(child.content)
-    config |= {
-        "num_hidden_layers": len(rewrite.architecture),
-        "block_configs": [_any_block(child)] * len(rewrite.architecture),
+    rename = _renamed if linear_name else str
+    config = sizes_for(child, rewrite)
+    write_child(out, child.path, rewrite.architecture, counted(), child.dtype, config=config, rename=rename)
+
+
+def sizes_for(child: Child, rewrite: Rewrite) -> dict[str, Any]:
+    """Any description of the right sizes: `write_child` takes all else from it and writes the blocks anew."""
+    layers = len(rewrite.architecture)
+    return {key: value for key, value in child.content.items() if key != "marquetry_precisions"} | {
+        "num_hidden_layers": layers,
+        "block_configs": [_any_block(child)] * layers,
         "num_key_value_heads": rewrite.shape.num_key_value_heads,
         "intermediate_size": rewrite.shape.intermediate_size,
     }
-    rename = _renamed if linear_name else str
-    write_child(out, child.path, rewrite.architecture, counted(), child.dtype, config=config, rename=rename)
 
 
 def _write_gguf(child: Child, rewrite: Rewrite, out: Path, advance: Callable[[], None]) -> None:

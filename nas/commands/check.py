@@ -37,11 +37,27 @@ def check(
     if as_json:
         parameters = opened.shape.parameters(opened.architecture)
         layers = opened.architecture.to_list()
-        emit({"child": str(opened.path), "layers": layers, "parameters": parameters, "engines": asked}, as_json)
+        emit(
+            {
+                "child": str(opened.path),
+                "layers": layers,
+                "parameters": parameters,
+                "packed": opened.packed,
+                "engines": asked,
+            },
+            as_json,
+        )
     else:
-        typer.echo(f"{opened.path}: {len(opened.architecture)} layers, tensors and configuration as they must be")
+        packed = ", packed" if opened.packed else ""
+        typer.echo(
+            f"{opened.path}: {len(opened.architecture)} layers{packed}, tensors and configuration as they must be"
+        )
         print_verdicts(asked)
         if any(v["status"] == "ok with" for v in asked.values()):
-            typer.echo(f"`ok with`: nas export {child} --to ENGINE does it, without changing a logit")
+            rounds = opened.architecture != opened.architecture.structure
+            but = "; packing rounds weights as the architecture says, nothing else changes a logit"
+            typer.echo(
+                f"`ok with`: nas export {child} --to ENGINE does it" + (but if rounds else ", without changing a logit")
+            )
     if engine and any(v["status"] == "unsupported" for v in asked.values()):
         raise typer.Exit(1)

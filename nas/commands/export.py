@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.commands.options import JsonOption, emit, reporter
+from nas.commands.options import DeviceOption, JsonOption, emit, pick_device, reporter
 
 EXAMPLES = """Examples:
 
@@ -15,7 +15,11 @@ nas export runs/default --to vllm                         the run's healed child
 
 nas export child --to llamacpp --out child.gguf           a directory, as one GGUF file
 
-nas export child --to sglang --no-portable                no FFN of zeros beside an attention that stands alone"""
+nas export child --to sglang --no-portable                no FFN of zeros beside an attention that stands alone
+
+nas export runs/default --to vllm --quantizer gptq        a child with precisions, its weights rounded by GPTQ on the run's text
+
+nas export runs/default --to llamacpp --no-pack           the same child in bf16, whatever its precisions"""
 
 ChildArgument = Annotated[Path, typer.Argument(help="A child's directory; or a run: its healed child, else its child.")]
 
@@ -29,6 +33,17 @@ def export(
     portable: Annotated[
         bool, typer.Option(help="Give an attention that stands alone an FFN of zeros, which llama.cpp needs.")
     ] = True,
+    pack: Annotated[
+        bool, typer.Option(help="Round the weights of a child with precisions; --no-pack writes them in bf16.")
+    ] = True,
+    quantizer: Annotated[
+        str, typer.Option(help="How weights are rounded: to the nearest code, or by gptq, on the run's text.")
+    ] = "nearest",
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Run whose fit text calibrates (gptq, nvfp4); the one that the child is of, if not given."),
+    ] = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a child in the form that one engine loads, and say what every engine makes of it."""
@@ -40,14 +55,21 @@ def export(
         raise ConfigError(f"--no-portable: {engine.title} needs an FFN beside every attention; leave the option out")
 
     from nas.export import default_out, export_child, open_child
+    from nas.packed_export import Packing
 
+    packing = Packing(quantizer, run, str(pick_device(device)))
     opened = open_child(child)
     target = out or default_out(child, opened, to)
-    made = export_child(opened, to, target, reporter(as_json), portable)
+    made = export_child(opened, to, target, reporter(as_json), portable, packing, pack)
     if as_json:
         return emit(made, as_json)
     before, after = made["layers"].values()
-    typer.echo(f"{target} written: {after} layers" + (f" of {before}" if after != before else "") + ", the same logits")
+    how = f"rounded by {quantizer}" if quantizer == "gptq" else "rounded to nearest"
+    typer.echo(
+        f"{target} written: {after} layers"
+        + (f" of {before}" if after != before else "")
+        + (f", {how}" if made["packed"] else ", the same logits")
+    )
     for change in made["changes"]:
         typer.echo(f"  {in_words(**change)}")
     print_verdicts(made["engines"])
