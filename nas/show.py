@@ -156,8 +156,9 @@ def _format_legend(formats: list[dict[str, Any]], marks: dict[str, str]) -> Text
     legend = Text("in formats: attention, ffn; ")
     for place, format in enumerate(formats):
         legend.append("; " if place else "")
+        count = format["subblocks"]
         legend.append(marks[format["name"]], style=f"bold {FORMAT_COLOURS.get(format['name'], 'default')}")
-        legend.append(f" {format['name']} ({bits_text(format['bits'])}, {format['subblocks']} subblocks)")
+        legend.append(f" {format['name']} ({bits_text(format['bits'])}, {count} subblock{'' if count == 1 else 's'})")
     return legend
 
 
@@ -251,8 +252,9 @@ def limit_lines(found: dict[str, Any]) -> RenderableType:
 
 def _format_lines(found: dict[str, Any]) -> list[str]:
     """The dtype of the KV cache where it was searched, and the baselines in one number format, a line each."""
-    chosen = found.get("kv_dtype")
-    lines = [f"{'KV cache':<11}{chosen}"] if chosen and chosen != found["scenario"]["kv_dtype"] else []
+    given = found["scenario"]["kv_dtype"]
+    chosen = found.get("kv_dtype") or given
+    lines = [f"{'KV cache':<11}in {chosen}"] if chosen != given or chosen == "float8" else []
     for kind, baseline in (found.get("baselines") or {}).items():
         if kind in UNIFORM:
             size, error = baseline["cost"]["total_bytes"], baseline.get("kl_se")

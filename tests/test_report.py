@@ -592,6 +592,29 @@ def test_a_real_run_is_reported_at_every_stage(world: World, tmp_path: Path) -> 
     assert "child after healing" in page.by_id("results").text
 
 
+def test_a_real_search_over_formats_is_shown_and_reported(world: World, tmp_path: Path) -> None:
+    run = world.copy("scored", tmp_path / "run")
+    words = "--budget 0.35 --batch 1 --context 128 --precisions bf16,fp8,nvfp4".split()
+    words += "--trials 1 --finalists 1 --path-steps 0 --verify 1".split()
+    printed = succeed("search", "--run", run, *words, "--kv-dtype", "bfloat16,float8").out
+    found = json.loads((run / "architecture.json").read_text())
+    layers = [LayerSpec.parse(layer) for layer in found["layers"]]
+    assert {part.precision for layer in layers for part in (layer.attention, layer.ffn)} & {"fp8", "nvfp4"}
+    report = succeed("report", "--run", run, "--json").json
+    page, shown = read_page((run / "report.html").read_text()), succeed("show", "--run", run).out
+    kinds = [kind for kind in found["baselines"] if kind.endswith("-uniform-precision")]
+    assert kinds
+    for kind in kinds:
+        name = next(model["name"] for model in report["models"] if model["kind"] == kind)
+        assert re.fullmatch(r"(parent|best structure) in (bf16|fp8|nvfp4)", name)
+        assert name in page.by_id("results").text
+        assert f"baseline   {name}: " in printed and f"baseline   {name}: " in shown
+    marks = page.by_id("map").all("div", "pane-0")[0].all("g", "precision")
+    parts = [part for layer in layers for part in (layer.attention, layer.ffn) if part.kind != "skip"]
+    assert len(marks) == len(parts) and "in formats" in printed and "in formats" in shown
+    assert report["scores"]["chosen"] and None not in report["scores"]["chosen"]
+
+
 # Small parts
 
 
@@ -827,5 +850,5 @@ def test_the_terminal_marks_formats_layer_by_layer(run: Path) -> None:
     assert f"8 fp8 (8.03 bits a weight, {count} subblocks)" in told and "n nvfp4 (4.5 bits a weight" in told
     assert any(re.match(r"baseline +parent in fp8: .* GB, true KL 0\.0123 \+- 0\.0004", line) for line in lines)
     assert any(re.match(r"baseline +best structure in int8: ", line) for line in lines)
-    assert any(re.match(r"KV cache +float16$", line.rstrip()) for line in lines)
+    assert any(re.match(r"KV cache +in float16$", line.rstrip()) for line in lines)
     assert not any("format" in line or "KV cache" in line or line.startswith("baseline") for line in plain_lines)
