@@ -594,8 +594,8 @@ def test_a_real_run_is_reported_at_every_stage(world: World, tmp_path: Path) -> 
 
 def test_a_real_search_over_formats_is_shown_and_reported(world: World, tmp_path: Path) -> None:
     run = world.copy("scored", tmp_path / "run")
-    words = "--budget 0.35 --batch 1 --context 128 --precisions bf16,fp8,nvfp4".split()
-    words += "--trials 1 --finalists 1 --path-steps 0 --verify 1".split()
+    words = ["--budget", "0.35", "--batch", "1", "--context", "128", "--precisions", "bf16,fp8,nvfp4"]
+    words += ["--trials", "1", "--finalists", "1", "--path-steps", "0", "--verify", "1"]
     printed = succeed("search", "--run", run, *words, "--kv-dtype", "bfloat16,float8").out
     found = json.loads((run / "architecture.json").read_text())
     layers = [LayerSpec.parse(layer) for layer in found["layers"]]
