@@ -220,7 +220,11 @@ def check_child(path: Path | str) -> None:
 
 
 def load_child(
-    path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    *,
+    rounded: bool = True,
 ) -> DeciLMForCausalLM:
     """Loads a child in evaluation mode with this package's own code, never that of the checkpoint.
 
@@ -228,6 +232,8 @@ def load_child(
         path: a child's directory.
         dtype: of the loaded weights.
         device: where to put them; the CPU by default.
+        rounded: a child with precisions computes in them, as it will be served (blocks/rounded_model.py); else in its
+            master weights.
 
     Raises:
         CheckpointError: as `check_child`.
@@ -246,4 +252,8 @@ def load_child(
         raise CheckpointError(f"cannot load {path}: {error}") from error
     if device is not None:
         nn.Module.to(model, device)
+    if rounded and getattr(model.config, "marquetry_precisions", None):
+        from blocks.rounded_model import round_model
+
+        round_model(model)
     return model

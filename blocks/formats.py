@@ -103,6 +103,10 @@ class Format(ABC):
         """The divisor [1] that the matrices share, or that goes with inputs of this largest value; None: none in this format."""
         return None
 
+    def divisors(self, amax: Tensor) -> Tensor | None:
+        """The divisor that goes with each of these largest absolute values, of any shape; None: none in this format."""
+        return None
+
     def scales(self, weight: Tensor, divisor: Tensor | None = None) -> Scales:
         """Scales of a matrix [rows, columns] by its largest absolute values. Give the `divisor` that matrices share."""
         self.check(weight.shape[-1])
@@ -237,10 +241,12 @@ class NvFloat4(Format):
         return rows * columns // 2 + rows * columns // 16 + divisors
 
     def divisor(self, *tensors: Tensor) -> Tensor:
-        amax = torch.stack([tensor.abs().amax().float() for tensor in tensors]).amax()
+        return self.divisors(torch.stack([tensor.abs().amax().float() for tensor in tensors]).amax()).reshape(1)
+
+    def divisors(self, amax: Tensor) -> Tensor:
         # A reciprocal times a constant, and not a quotient: the last bit differs, and theirs is this one.
-        divisor = amax.clamp(min=torch.finfo(torch.float32).tiny).reciprocal() * (E4M3_MAX * E2M1_MAX)
-        return torch.nan_to_num(divisor, nan=1.0, posinf=1.0, neginf=1.0).reshape(1)
+        divisors = amax.float().clamp(min=torch.finfo(torch.float32).tiny).reciprocal() * (E4M3_MAX * E2M1_MAX)
+        return torch.nan_to_num(divisors, nan=1.0, posinf=1.0, neginf=1.0)
 
     def fake_input(self, inputs: Tensor, divisor: Tensor | None = None) -> Tensor:
         return self.fake(inputs, divisor) if self.input_bits == 4 else inputs.float()
@@ -293,6 +299,7 @@ FORMATS: dict[str, Format] = {
         Integer("int4", 4, group=128),
         Integer("int4-g32", 4, group=32),
         Integer("int8", 8),
+        Integer("int3", 3, group=64),  # harsh, and without an engine's kernel: for experiments
     )
 }
 

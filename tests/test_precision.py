@@ -21,7 +21,7 @@ from blocks.formats import FORMATS, Format, Integer, NvFloat4, Quantized, _to_mi
 ROWS, COLUMNS = 6, 256
 QUANTIZED = [name for name in FORMATS if name != "bf16"]
 FP32_SCALES = [replace(FORMATS[name], scale_dtype=torch.float32) for name in ("fp8", "int4", "int4-g32", "int8")]
-FORMATS_TESTED = [*(FORMATS[name] for name in QUANTIZED), *FP32_SCALES, Integer("int3", 3, group=128)]
+FORMATS_TESTED = [*(FORMATS[name] for name in QUANTIZED), *FP32_SCALES, Integer("int3-g128", 3, group=128)]
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
 )
@@ -146,6 +146,8 @@ DIGESTS = {
     "8d825e37 d783d225 6d8cdc2c 61a61253 d13f237a 47c60183 62008498 5f814c67",
     "int8": "70f22a9e 6ac524cf 1adb1fdf a8cfcca0 21b16ade da0e5a4d f79ca935 6ac524cf 28225bc6 "
     "acd14a02 a55b9152 d0a17650 18df0036 c2d443a8 713841eb 7fbc1bc4 16bf1467",
+    "int3": "55602c1a 25db290d fd7e41bb f60c0ada 947999a9 83a37aee ddd76f35 f8a5ffec 3098fc85 "
+    "90a75695 61458624 a516f023 991486f5 d9b8fa86 48e0c4e6 46cee8de b1c7123d",
     "fp8-fp32": "af35e8bc 5b1ed27a 8267133d 5adf0224 0107dd63 715f4336 789d5660 3d5d7340 0747d1a8 "
     "ddf49156 c83776de d516678d 27dd4d4c f04e030f 1ec712ff 8edaf243 463aa772",
     "int4-fp32": "d7168633 b30dfa42 256fca95 7d7c8120 8e95d1e1 36e7e4de 8eec55db 7b100f67 bdebd366 "
@@ -154,7 +156,7 @@ DIGESTS = {
     "6a272f3f dfa69ba8 ace49dea 8a9a93d6 894073b1 b5ddf46e 6eae137d 9acda071",
     "int8-fp32": "d5c10708 376384b2 70926741 651d9821 3bb8481b ba24a98d 5147ca25 c8951ddf 11974d00 "
     "751358f8 52446614 c56f3347 84c0ef00 220ca415 5fab9413 0c905454 2f08222b",
-    "int3": "f29f4ccd fbdbd002 95f42492 6a6510d0 1d9e34a9 74ceef52 bbbf4430 c514a0e2 09291aa3 "
+    "int3-g128": "f29f4ccd fbdbd002 95f42492 6a6510d0 1d9e34a9 74ceef52 bbbf4430 c514a0e2 09291aa3 "
     "d3f2face 14634908 8ea7fb86 e07e2705 b382311c d366a3bd e4df7a01 88f15f54",
 }
 
@@ -225,6 +227,7 @@ def test_bytes_by_hand() -> None:
         "int4": 576 * 768 + 576 * 12 * 2 + 16,
         "int4-g32": 576 * 768 + 576 * 48 * 2 + 16,
         "int8": 576 * 1536 + 576 * 2 + 16,
+        "int3": 576 * 1536 * 3 // 8 + 576 * 24 * 2 + 16,
     }
     assert {name: format.bytes(rows, columns) for name, format in FORMATS.items()} == expected
     assert FORMATS["nvfp4a16"].bits_per_weight(8192, 8192) == pytest.approx(4.5, abs=1e-5)
