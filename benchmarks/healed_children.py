@@ -190,7 +190,7 @@ def heal_case(
             Stage(each, pack, eval_at=tuple(steps_at(configs, index, chosen.small)))
             for index, each in enumerate(configs)
         ],
-        lambda: (teacher, load_child(children / case.child)),
+        lambda _: (teacher, load_child(children / case.child)),
         load_pack(run.path("data") / "heldout.npy"),
         out,
         other_texts={"general": general},

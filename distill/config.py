@@ -16,6 +16,7 @@ TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("cosine", "constant", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 DEVICES = ("auto", "cpu")
+TEACHERS = ("parent", "healed")
 
 FREE_ON_RESUME = frozenset(
     {
@@ -44,12 +45,20 @@ class DistillConfig:
     """What is learned: "kl" (forward KL to the parent, full vocabulary), "jsd" (generalised Jensen-Shannon), "ce" (the text
     itself, without the parent: continual pretraining) or "bld" (each layer apart, from the parent's stream to the parent's)."""
 
+    qad: bool = False
+    """Quantization-aware distillation: the child computes in its precisions while it learns, matrices and inputs rounded in
+    each forward pass, gradients straight through, and is evaluated so. Without it a child with precisions learns, and is
+    evaluated, as the master weights that it is rounded from. A small step suits it: see `nas.config.QAD`."""
+
+    teacher: str = "parent"
+    """Whom it learns from: the "parent"; or, with qad, "healed": the weights that the stage starts from, frozen and in bf16."""
+
     jsd_beta: float = 0.5
     """Of "jsd": the parent's share of the mixture. Near 0 it is forward KL, near 1 reverse KL (arXiv 2306.13649)."""
 
     cosine: float | None = None
     """Weight of 1 - cosine between the residual streams of child and parent, averaged over the layers that both have. None
-    leaves it to what was cut: 1 if an attention or a whole layer is gone, else 0 (`suited_to`)."""
+    leaves it to what was cut: 1 if an attention or a whole layer is gone, else 0, and with qad 0 (`suited_to`)."""
 
     data: str | None = None
     """Text to train on, as for `nas score --data`; the run's own training text if None."""
@@ -167,9 +176,11 @@ class DistillConfig:
             "optimizer": OPTIMIZERS,
             "sharding": SHARDINGS,
         }
-        choices |= {"compute_dtype": COMPUTE_DTYPES, "device": DEVICES, "track": (None, *TRACKERS)}
+        choices |= {"compute_dtype": COMPUTE_DTYPES, "device": DEVICES, "track": (None, *TRACKERS), "teacher": TEACHERS}
         for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(map(str, known)))
+        of_itself = self.teacher == "healed" and not self.qad
+        self._require("teacher", not of_itself, "parent without qad: what is healed would teach itself")
         object.__setattr__(self, "betas", tuple(self.betas))
         _ = self.objective
 
@@ -183,11 +194,13 @@ class DistillConfig:
         return Objective(self.loss, self.jsd_beta, self.cosine or 0.0)
 
     def suited_to(self, child: Architecture) -> DistillConfig:
-        """This configuration with what is left to the child decided."""
+        """This configuration with what is left to the child decided. Raises ConfigError if it has nothing to round for qad."""
+        if self.qad and child == child.structure:
+            raise ConfigError("qad: all matrices of this child are bf16; leave it out, or search one with --precisions")
         if self.cosine is not None:
             return self
         cut = any(layer.attention.kind == "skip" for layer in child)
-        return replace(self, cosine=1.0 if cut and self.loss in ("kl", "jsd") else 0.0)
+        return replace(self, cosine=1.0 if cut and self.loss in ("kl", "jsd") and not self.qad else 0.0)
 
     @property
     def step_tokens(self) -> int:
@@ -206,5 +219,8 @@ class DistillConfig:
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON has them. A resumed run must have the same."""
-        fields = {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+        free = (
+            FREE_ON_RESUME if self.qad else FREE_ON_RESUME | {"qad", "teacher"}
+        )  # older checkpoints do not have these
+        fields = {name: value for name, value in asdict(self).items() if name not in free}
         return {**fields, "betas": list(self.betas)}

@@ -3,7 +3,7 @@
 transformers' own forward launches about forty small kernels a layer, rounds weights anew at each use, and runs q, k, v,
 gate and up as five matrix products; a GPU waits for the next launch most of the time. Here a layer is four matrix products,
 an attention and four fused operations (`distill/operations.py`), weights are rounded once a pass (those of the parent once
-and for all), and the residual stream stays fp32 as it does under autocast. The modules and parameters are transformers'.
+and for all, those of a child in number formats of its own once a step: blocks/rounded_model.py), and the residual stream stays fp32 as it does under autocast. The modules and parameters are transformers'.
 
 A layer's class is replaced by a subclass that takes this way when it is called with a `Pass`, and transformers' otherwise:
 hooks of DDP and FSDP around a layer, and gradient checkpointing, act in both. Models of other families, or with a feature
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blocks.child.configuration_decilm import DeciLMConfig
 from blocks.families import FAMILIES
+from blocks.rounded_model import RoundedLinear
 from distill.operations import add_norm, gated, pack, rotate
 
 Packed = dict[int, tuple[Tensor, Tensor | None]]
@@ -50,6 +51,10 @@ class Pass:
 
     def project(self, x: Tensor, modules: Sequence[Any]) -> Tensor:
         """The outputs of linear modules of one input, side by side."""
+        if isinstance(modules[0], RoundedLinear):  # these are rounded as one
+            rounding, biases = modules[0].rounding, [module.bias for module in modules]
+            bias = None if biases[0] is None else pack(biases, self.dtype)
+            return F.linear(rounding.inputs(x), rounding.weight(self.dtype), bias)
         packs_once = self.packed is not None and self.dtype.itemsize == 2
         if not packs_once and all(module.weight.dtype == self.dtype for module in modules):
             outputs = [module(x) for module in modules]

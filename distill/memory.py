@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blocks.shape import ModelShape
-from blocks.spec import Architecture, LayerSpec
+from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
 from distill.config import DistillConfig
 
 FP32 = 4
@@ -73,7 +73,11 @@ def healing_memory(
         whole = 2 * half * layer + half * (parent.fixed_parameters + table) if sharded else 0
         parts["shared between ranks"] = whole or gradients  # layers brought together; or DDP's buckets
     recomputes = config.checkpoint_activations
-    rounded = 0 if half == FP32 or sharded else half * (table + (0 if recomputes else matrices))
+    in_formats = sum(_matrices(parent, _only_rounded(layer)) for layer in child) if config.qad else 0
+    again = 0 if recomputes else matrices
+    rounded = 0 if half == FP32 or sharded else half * (table + max(again, in_formats))
+    if sharded or half == FP32:  # of a child in number formats: kept for a step, or for the backward pass if sharded
+        rounded += 0 if sharded and recomputes else half * in_formats
     layers = [tokens * _layer_activations(parent, layer, half) for layer in child]
     ends = tokens * parent.hidden_size * (FP32 + 4 * half)  # embedding, final norm, last hidden states of both
     kept = {
@@ -118,6 +122,12 @@ def _matrices(parent: ModelShape, layer: LayerSpec) -> int:
     """Weights of a layer but its norms."""
     skipped = (layer.attention.kind == "skip") + (layer.ffn.kind == "skip")
     return parent.layer_parameters(layer) - (2 - skipped) * parent.hidden_size
+
+
+def _only_rounded(layer: LayerSpec) -> LayerSpec:
+    """The layer without what stays in bf16."""
+    attention = AttentionSpec("skip") if layer.attention.precision == BF16 else layer.attention
+    return LayerSpec(attention, FFNSpec("skip") if layer.ffn.precision == BF16 else layer.ffn)
 
 
 def _teacher_bytes(parent: ModelShape, loaded: int, half: int, shards: int) -> int:

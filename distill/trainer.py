@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from blocks.errors import ConfigError, NasError
 from blocks.files import clear_leftovers
+from blocks.rounded_model import round_model, roundings, unround_model
 from distill.checkpoint import CheckpointStore, load_best, read_best, write_best
 from distill.config import DistillConfig
 from distill.data import TokenStream, batch_indices, heldout_batches, to_device
@@ -62,7 +63,8 @@ def heal(
     Args:
         config: how.
         teacher: the parent, a Hugging Face causal LM. Frozen and moved to the training device.
-        student: the child, likewise, with the same vocabulary; half-precision weights are raised to fp32.
+        student: the child, likewise, with the same vocabulary; half-precision weights are raised to fp32. With `config.qad`
+            it is rounded by its own configuration, unless it is rounded already; without, its master weights are taken.
         train_pack: [sequences, length] of token ids, any length, possibly memory-mapped.
         heldout_pack: the same, of other documents.
         out_dir: where metrics, checkpoints and the best student go.
@@ -101,6 +103,16 @@ def heal(
 HELD_OUT = "held-out"
 
 
+def prepare_rounding(config: DistillConfig, student: nn.Module) -> None:
+    """Makes the student compute as the stage wants it to, in place. Raises ConfigError if it has no precisions to learn in."""
+    if not config.qad:
+        unround_model(student)
+    elif not any(True for _ in roundings(student)):
+        if getattr(student.config, "marquetry_precisions", None) is None:
+            raise ConfigError("qad: the child has no precisions; leave it out, or search a child with --precisions")
+        round_model(student)
+
+
 class _Healing:
     """One run: the prepared models, the optimizer, and what has been measured so far."""
 
@@ -112,6 +124,7 @@ class _Healing:
         out_dir: Path,
     ) -> None:
         (teacher, student), (train_pack, texts) = pair, packs
+        prepare_rounding(config, student)
         vocab_size = check_pair(teacher, student, config.objective)
         self.config = config
         length = config.sequence_length
@@ -127,6 +140,7 @@ class _Healing:
                 "training pack": pack_fingerprint(train_pack),
                 "held-out pack": pack_fingerprint(texts[HELD_OUT]),
             }
+            | ({"formats": [str(rounding.format) for rounding in roundings(student)]} if config.qad else {})
             if self.ranks.main
             else None
         )
@@ -139,6 +153,9 @@ class _Healing:
             checkpointing=config.checkpoint_activations,
         ).train()
         target = FrozenTeacher(self.parallel.place(teacher), config.compute_dtype, sharded=self.parallel.sharded)
+        self.roundings = list(roundings(self.student))
+        for rounding in self.roundings:
+            rounding.keeps = not self.parallel.sharded  # whole matrices come and go, and their versions do not tell
         self.teacher = self.parallel.spread(target, teacher)
         self.model = self.parallel.spread(loss, self.student)
         self.optimizers = build_optimizers(config, self.student)
@@ -229,6 +246,8 @@ class _Healing:
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
+        for rounding in self.roundings:
+            rounding.forget()  # torch's fused AdamW does not raise the versions that it goes by
         self.step += 1
         seconds = time.perf_counter() - started
         self.session.add_step(seconds)

@@ -7,7 +7,7 @@ overrides the recipe.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -96,6 +96,10 @@ class SearchConfig:
     """Where times come from: a profile of `nas bench`, or a datasheet (A100, H100, H200, B200, L40S, RTX4090)."""
     sweep: str | None = None
     """"0.9:0.5:0.05": a whole family of children at these shares instead of one budget."""
+    precisions: str = "bf16"
+    """Number formats that matrices may have, such as "bf16,fp8,nvfp4" (blocks/formats.py); each subblock gets its own."""
+    precision_tokens: int = 8192
+    """Calibration tokens for the scores of precisions."""
     verify: int = 8
     """How many near-optima of the additive problem are assembled, refitted and measured by true KL."""
     distance: int = 3
@@ -151,9 +155,19 @@ class SearchConfig:
                 "given without --budget and --budget-gb",
             )
             _ = self.shares
+        require("precisions", self.precisions, bool(self.precisions.strip(" ,")), "formats, such as bf16,fp8,nvfp4")
         require("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
-        for name in ("verify", "verify_tokens", "distance", "path_tokens", "trials", "finalists", "heal_tokens"):
+        for name in (
+            "verify",
+            "verify_tokens",
+            "distance",
+            "path_tokens",
+            "trials",
+            "finalists",
+            "heal_tokens",
+            "precision_tokens",
+        ):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("path_steps", "seed"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
@@ -223,6 +237,7 @@ ON_CPU: dict[str, dict[str, Any]] = {
     "search": {
         "verify": 2,
         "verify_tokens": 4096,
+        "precision_tokens": 1024,
         "refit_pseudo_tokens": 10_000.0,
         "path_steps": 0,
         "path_tokens": 2048,
@@ -253,6 +268,15 @@ ON_GPU: dict[str, dict[str, Any]] = {
 }
 
 
+QAD: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-5}
+"""What a stage with qad does otherwise unless it is told: 1e-6 to 1e-5 is what is published (arXiv 2601.20088)."""
+QAD_SHARE = 0.25
+"""Of the tokens, what the stage with qad gets that is added for a child with precisions."""
+OF_QAD = ("qad", "teacher")
+NOT_OF_ADDED = ("loss", "cosine", "tokens", "learning_rate", "optimizer")
+"""Settings that are meant for the stage before the one with qad that is added."""
+
+
 def flag(name: str) -> str:
     """A setting as the option that sets it."""
     return f"--{name.replace('_', '-')}"
@@ -275,7 +299,7 @@ SECTIONS: dict[str, type] = {
 
 
 STAGES = "stages"
-OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate")
+OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate", "qad", "teacher")
 
 
 def load_recipe(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -321,10 +345,16 @@ def _mapping(path: Path, where: str, value: Any, known: list[str]) -> dict[str, 
     return value
 
 
-def build(kind: type[T], recipe: dict[str, dict[str, Any]], flags: dict[str, Any], device: str) -> T:
-    """A config of `kind` out of defaults, those of the device ("cpu" or another), its recipe section, and given flags."""
+def build(
+    kind: type[T],
+    recipe: dict[str, dict[str, Any]],
+    flags: dict[str, Any],
+    device: str,
+    own: dict[str, Any] | None = None,
+) -> T:
+    """A config of `kind` out of defaults, those of the device ("cpu" or another), `own` ones, its recipe section, and given flags."""
     section = next(name for name, known in SECTIONS.items() if known is kind)
-    by_device = (ON_CPU if device == "cpu" else ON_GPU).get(section, {})
+    by_device = (ON_CPU if device == "cpu" else ON_GPU).get(section, {}) | (own or {})
     given = {name: value for name, value in flags.items() if value is not None}
     values = by_device | {name: value for name, value in recipe.get(section, {}).items() if name != STAGES} | given
     types = get_type_hints(kind)
@@ -334,15 +364,58 @@ def build(kind: type[T], recipe: dict[str, dict[str, Any]], flags: dict[str, Any
     return kind(**values)
 
 
-def build_stages(recipe: dict[str, dict[str, Any]], flags: dict[str, Any], device: str) -> list[DistillConfig]:
-    """The stages of `nas distill`: those that the recipe lists, each over what it says of all, or the only one."""
+def build_stages(
+    recipe: dict[str, dict[str, Any]],
+    flags: dict[str, Any],
+    device: str,
+    *,
+    rounded: bool = False,
+    qad_tokens: int | None = None,
+    qad_learning_rate: float | None = None,
+) -> list[DistillConfig]:
+    """The stages of `nas distill`: those that the recipe lists, each over what it says of all, or the only one.
+
+    Args:
+        rounded: the child has precisions. If nobody said what to do about it, a stage with qad follows the only one.
+        qad_tokens, qad_learning_rate: of that stage; out of all tokens.
+    """
     section = recipe.get("distill", {})
     stages: list[dict[str, Any]] = section.get(STAGES) or [{}]
     if len(stages) > 1:
         for name in OF_ONE_STAGE:
             if flags.get(name) is not None:
                 raise ConfigError(f"{flag(name)}: the recipe has {len(stages)} stages; write {name} in each of them")
-    return [build(DistillConfig, {"distill": section | stage}, flags, device) for stage in stages]
+    if rounded and STAGES not in section and flags.get("qad") is None and "qad" not in section:
+        return _with_qad(section, flags, device, qad_tokens, qad_learning_rate)
+    for name, value in (("qad_tokens", qad_tokens), ("qad_learning_rate", qad_learning_rate)):
+        if value is not None:
+            of = "a child with precisions where no stages are given and neither --qad nor --no-qad"
+            raise ConfigError(f"{flag(name)} is of the second stage of {of}; write {name.removeprefix('qad_')} instead")
+    return [_stage(section | stage, flags, device) for stage in stages]
+
+
+def _stage(section: dict[str, Any], flags: dict[str, Any], device: str) -> DistillConfig:
+    asked = section.get("qad") if flags.get("qad") is None else flags["qad"]
+    return build(DistillConfig, {"distill": section}, flags, device, QAD if asked else None)
+
+
+def _with_qad(
+    section: dict[str, Any], flags: dict[str, Any], device: str, tokens: int | None, learning_rate: float | None
+) -> list[DistillConfig]:
+    """The only stage, of the master weights, and one with qad that takes its tokens from the first."""
+    first = _stage(_without(section, OF_QAD), _without(flags, OF_QAD), device)
+    tokens = round(QAD_SHARE * first.tokens) if tokens is None else tokens
+    if not 0 < tokens < first.tokens:
+        raise ConfigError(
+            f"--qad-tokens {tokens} of --tokens {first.tokens}: each stage needs some; write --qad or --no-qad for one stage"
+        )
+    own = {"qad": True, "tokens": tokens, "learning_rate": learning_rate}
+    second = _stage(_without(section, NOT_OF_ADDED), _without(flags, NOT_OF_ADDED) | own, device)
+    return [replace(first, tokens=first.tokens - tokens), second]
+
+
+def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def _is_of(value: Any, wanted: Any) -> bool:

@@ -1,7 +1,8 @@
 """`nas distill`: heals the run's child by distillation from the parent and writes it.
 
 The child that `nas search` assembled is read from child/, trained in distill/ (resumable, in one stage or several, on one rank or
-many), and written to healed/ in the budget's dtype. The table that `nas show` prints is in results.json.
+many), and written to healed/ in the budget's dtype. The table that `nas show` prints is in results.json. A child with precisions
+keeps them: its master weights are written, and what is measured is rounded as they say, beside the master.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from blocks.errors import CheckpointError
 from blocks.files import save_json
 from blocks.parent import Parent
 from blocks.ranks import ALONE, Ranks
+from blocks.rounded_model import round_model
 from blocks.spec import Architecture
 from distill.config import DistillConfig
 from distill.progress import HealResult, Progress
 from distill.stages import Stage, heal_in_stages, stage_names
 from nas.config import to_dict
+from nas.costs import CostModel, Scenario
 from nas.data import DataConfig, load_pack, prepare_data
 from nas.measure import load_parent_model, measure
 from nas.progress import Reporter
@@ -33,6 +36,7 @@ from nas.run import Run, digest
 
 SAMPLE_PROMPT = "The with statement in Python"
 SAMPLE_TOKENS = 48
+UNROUNDED = "{}, unrounded"
 
 
 def run_distill(
@@ -60,19 +64,22 @@ def run_distill(
         raise CheckpointError(
             f"{run.path('child')} is not the child of architecture.json (a search was cut off?); run `nas search` again"
         )
-    results = _heal(run, parent, stages, device, reporter, ranks)
+    weight_dtype = found["scenario"]["weight_dtype"]
+    results = _heal(run, parent, stages, device, reporter, ranks, getattr(torch, weight_dtype))
     ranks.leave()  # what is left to do takes one rank, and the others need not wait for it
     if not ranks.main:
         return None
     weights = load_file(results[-1].best_path)
-    write_child(run.path("healed"), parent.path, architecture, weights, found["scenario"]["weight_dtype"])
-    heldout = measure(
-        parent, {"healed": run.path("healed")}, load_pack(run.path("data") / "heldout.npy"), device, reporter
-    )
+    write_child(run.path("healed"), parent.path, architecture, weights, weight_dtype)
+    measured = {"healed": run.path("healed")}
+    if architecture != architecture.structure:
+        measured |= {UNROUNDED.format(name): run.path(name) for name in ("child", "healed")}
+    pack = load_pack(run.path("data") / "heldout.npy")
+    heldout = measure(parent, measured, pack, device, reporter, unrounded=measured.keys() - {"healed"})
     result = {
         "key": key,
         "search": found["key"],
-        "rows": _rows(found, heldout),
+        "rows": _rows(found, heldout, _master_cost(found, parent, architecture)),
         "heldout_tokens": heldout["tokens"],
         "healing": _told(results),
         "stages": [
@@ -117,14 +124,20 @@ def _set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
 
 
 def _heal(
-    run: Run, parent: Parent, stages: Sequence[DistillConfig], device: torch.device, reporter: Reporter, ranks: Ranks
+    run: Run,
+    parent: Parent,
+    stages: Sequence[DistillConfig],
+    device: torch.device,
+    reporter: Reporter,
+    ranks: Ranks,
+    weight_dtype: torch.dtype,
 ) -> list[HealResult]:
     """All stages, with a progress bar each."""
     texts = Texts(run, parent, reporter, ranks)
     packs = [texts.train(config) for config in stages]
     general = {config.general for config in stages if config.general is not None}
     others = {"general" if len(general) == 1 else source: texts.heldout(source) for source in sorted(general)}
-    pair = Pair(run, parent, stages, device, ranks)
+    pair = Pair(run, parent, stages, device, ranks, weight_dtype)
     names = stage_names(stages) if len(stages) > 1 else [""]
     with reporter.bar("Healing", stages[0].steps) as (bar, task):
 
@@ -148,26 +161,36 @@ def _heal(
 
 @dataclass
 class Pair:
-    """Loads teacher and student: whole on every rank, or real on rank 0 alone if they will be sharded."""
+    """Loads teacher and student: whole on every rank, or real on rank 0 alone if they will be sharded.
+
+    Attributes:
+        weight_dtype: that the healed child will be written in.
+    """
 
     run: Run
     parent: Parent
     stages: Sequence[DistillConfig]
     device: torch.device
     ranks: Ranks
+    weight_dtype: torch.dtype
     _teacher: torch.nn.Module | None = None
 
-    def load(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Fresh ones, but for a whole teacher, which healing does not change."""
+    def load(self, config: DistillConfig) -> tuple[torch.nn.Module | None, torch.nn.Module]:
+        """Fresh ones, but for a whole teacher, which healing does not change; none if the child will teach itself."""
         sharded = self.ranks.count > 1 and any(config.sharding == "full" for config in self.stages)
         place = ("cpu" if self.ranks.main else "meta") if sharded else self.device
-        if self._teacher is None or sharded:
+        path = self.run.path("child")
+        student = empty_child(path) if place == "meta" else load_child(path, rounded=False)
+        if config.qad:
+            round_model(student, through=self.weight_dtype)
+        if config.teacher == "healed":
+            self._teacher = None
+        elif self._teacher is None or sharded:
             half = self.parent.dtype in (torch.bfloat16, torch.float16)
             exact = all(config.compute_dtype == "bfloat16" for config in self.stages)  # rounded in every product anyway
             dtype = self.parent.dtype if half and exact else torch.float32
             self._teacher = load_parent_model(self.parent, place, dtype)
-        child = self.run.path("child")
-        return self._teacher, empty_child(child) if place == "meta" else load_child(child)
+        return self._teacher, student
 
 
 def empty_child(path: Path) -> torch.nn.Module:
@@ -208,15 +231,29 @@ class Texts:
         return load_pack(directory / f"{part}.npy")
 
 
-def _rows(found: dict[str, Any], healed: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table: parent, uniform baseline, child before and after healing; all on the same held-out text."""
+def _rows(found: dict[str, Any], healed: dict[str, Any], master: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table: parent, uniform baseline, child before and after healing; all on the same held-out text.
+
+    A child with precisions stands there as it is served, and then as the master weights that it is rounded from.
+    """
     heldout = found["heldout"]
     rows = [_row("parent", found["parent_cost"], {"kl": 0.0, "top1_agreement": 1.0, **heldout["parent"]})]
     if found["uniform_cost"] is not None:
         rows.append(_row("uniform baseline", found["uniform_cost"], heldout["uniform"]))
-    rows.append(_row("child before healing", found["cost"], heldout["child"]))
-    rows.append(_row("child after healing", found["cost"], healed["healed"]))
+    names = {"child": "child before healing", "healed": "child after healing"}
+    rows.append(_row(names["child"], found["cost"], heldout["child"]))
+    rows.append(_row(names["healed"], found["cost"], healed["healed"]))
+    for name, words in names.items():
+        if (key := UNROUNDED.format(name)) in healed:
+            rows.append(_row(UNROUNDED.format(words), master, healed[key]))
     return rows
+
+
+def _master_cost(found: dict[str, Any], parent: Parent, architecture: Architecture) -> dict[str, Any]:
+    """What the child would cost as its master weights: as much more as these take."""
+    model = CostModel(parent.shape, Scenario(weight_dtype=found["scenario"]["weight_dtype"]))
+    more = model.cost(architecture.structure).weight_bytes - model.cost(architecture).weight_bytes
+    return {**found["cost"], "gb": found["cost"]["gb"] + more / 1e9}
 
 
 def _row(name: str, cost: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,19 @@ def load_parent_model(
 
 
 def measure(
-    parent: Parent, children: Mapping[str, Path], heldout: np.ndarray, device: torch.device, reporter: Reporter
+    parent: Parent,
+    children: Mapping[str, Path],
+    heldout: np.ndarray,
+    device: torch.device,
+    reporter: Reporter,
+    *,
+    unrounded: Collection[str] = (),
 ) -> dict[str, Any]:
     """KL to the parent (nats per token) with its standard error over sequences, perplexity and top-1 agreement of children on held-out text.
 
     Args:
-        children: directories by name.
+        children: directories by name. A child with precisions is measured in them, as it will be served.
+        unrounded: names of those that are measured in their master weights instead.
         heldout: token pack [sequences, S]; on a CPU about 4,096 tokens of it, spread evenly.
 
     Returns:
@@ -50,7 +57,7 @@ def measure(
     with reporter.task("Measuring on held-out text", len(children)) as advance:
         teacher = load_parent_model(parent, device)
         for name, directory in children.items():
-            student = load_child(directory, device=device)
+            student = load_child(directory, device=device, rounded=name not in unrounded)
             tokens = MOST_TOKENS.get(device.type, 0)
             stats = evaluate(teacher, student, heldout, sequence_length=heldout.shape[1], tokens=tokens)
             result |= {"tokens": stats.tokens, "parent": {"perplexity": stats.teacher_perplexity}}

@@ -59,7 +59,7 @@ def perplexity(report: dict[str, Any]) -> Markup:
 
 def _is_kl(stage: str | None) -> bool:
     """Stages are named NUMBER-LOSS; a healing of one stage learns by KL unless it says otherwise."""
-    return stage is None or stage.rpartition("-")[2] == "kl"
+    return stage is None or stage.rpartition("-")[2] in ("kl", "qad")
 
 
 def _curve(

@@ -5,7 +5,7 @@
 Each case heals in OUT_DIR/CASE, in processes forked here, so that importing torch is paid once; prints the exit codes as
 JSON. `step:5` sends SIGKILL to itself after step 5, `sync:9` at the ninth fsync (in the middle of writing a checkpoint or
 the best student), `rename:2` before the second renaming of a directory. On two ranks: `ranks:2` (DDP), `sharded:2` (FSDP2, both
-models real on rank 0 alone), `muon:2` (the same with Muon), `lost:7` (FSDP2, where rank 1 is killed after step 7, and both start
+models real on rank 0 alone), `muon:2` (the same with Muon), `qad:2` and `qad-sharded:2` (DDP and FSDP2 with a rounded student), `lost:7` (FSDP2, where rank 1 is killed after step 7, and both start
 again), `fewer:7` (the same, but one process alone goes on).
 """
 
@@ -28,6 +28,8 @@ import torch.distributed.checkpoint as dcp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import blocks.files
+from blocks.rounded_model import round_model
+from blocks.spec import Architecture
 from distill.config import DistillConfig
 from distill.progress import Progress
 from distill.trainer import heal
@@ -106,15 +108,22 @@ def heal_and_die(out_dir: Path, place: str, count: int) -> None:
 
 
 MUON = replace(CONFIG, optimizer="muon", micro_batch=1)
+QAD = replace(CONFIG, qad=True, micro_batch=1, learning_rate=1e-3)
+IN_FORMATS = Architecture.from_list(["attention:kv2@nvfp4a16+ffn:256@fp8", "attention:kv2+ffn:256@int4-g32"])
+"""Of `tiny_pair`: without nvfp4 inputs, whose divisor is that of a micro-batch. Its width is not meant."""
 
 
 def heal_on_rank(out_dir: Path, kind: str, dies_at: int, rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    config, pair = MUON if kind == "muon" else replace(CONFIG, micro_batch=1), tiny_pair()
-    if kind != "ranks":
+    configs = {"muon": MUON, "qad": QAD, "qad-sharded": QAD}
+    config, pair = configs.get(kind, replace(CONFIG, micro_batch=1)), tiny_pair()
+    if kind not in ("ranks", "qad"):
         config = replace(config, sharding="full")
         pair = pair if rank == 0 else tuple(LlamaForCausalLM(model.config).to("meta") for model in pair)  # type: ignore[assignment]
+
+    if config.qad:
+        round_model(pair[1], IN_FORMATS)
 
     def tick(progress: Progress) -> None:
         if progress.step == dies_at:  # rank 0 alone is told: it takes the other one down, and is torn along
@@ -153,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for case in sys.argv[2:]:
         place, count = case.split(":")
-        if place in ("ranks", "sharded", "muon"):
+        if place in ("ranks", "sharded", "muon", "qad", "qad-sharded"):
             codes[case] = start_ranks(out_dir / case, place, dies_at=-1)
         elif place in ("lost", "fewer"):
             codes[case] = start_ranks(out_dir / case, place, dies_at=int(count))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +31,8 @@ nas distill --tokens 20000000 --batch-sequences 32 --sequence-length 1024
 
 nas distill --recipe stages.yaml                          block-local, distillation, then longer text (docs/formats.md)
 
+nas distill --qad-tokens 4000000                          a child with precisions: its master weights, then as it is served
+
 torchrun --nproc-per-node 8 -m -- nas distill --run runs/70b --sharding full   both models sharded over 8 GPUs
 
 nas distill --run runs/8b                                 stopped? the same command goes on where it was
@@ -53,6 +56,21 @@ def distill(
     ] = None,
     cosine: Annotated[
         float | None, typer.Option(help="Weight of 1 - cosine between the residual streams of child and parent.")
+    ] = None,
+    qad: Annotated[
+        bool | None,
+        typer.Option(
+            "--qad/--no-qad",
+            help="Train a child with precisions as it is served, or its master weights, alone; one after the other if not given.",
+        ),
+    ] = None,
+    qad_tokens: Annotated[
+        int | None, typer.Option(help="Of the tokens, those of the stage that trains it as it is served; a quarter.")
+    ] = None,
+    qad_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of that stage; 1e-5.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Of that stage: parent, or healed (the weights that it starts from, as they are)."),
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, or muon for the matrices inside layers.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant.")] = None,
@@ -89,7 +107,8 @@ def distill(
 
     ranks, place = join(pick_device(device))
     flags = settings_of(DistillConfig, arguments, device="cpu" if place.type == "cpu" else None)
-    stages = build_stages(load_recipe(recipe), flags, place.type)
+    own: dict[str, Any] = {"qad_tokens": qad_tokens, "qad_learning_rate": qad_learning_rate}
+    stages = build_stages(load_recipe(recipe), flags, place.type, rounded=_has_precisions(run), **own)
 
     from nas.heal import forget_healing, run_distill
 
@@ -115,3 +134,12 @@ def distill(
 
     Console().print(results(result))
     typer.echo(f"{run / 'healed'} written; see it all: nas show{run_flag(run)}")
+
+
+def _has_precisions(run: Path) -> bool:
+    """Whether the run has a child, and its matrices other formats than bf16."""
+    from blocks.spec import Architecture
+
+    file = run / "architecture.json"
+    child = Architecture.load(file) if file.is_file() else None
+    return child is not None and child != child.structure
