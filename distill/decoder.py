@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from blocks.child.configuration_decilm import DeciLMConfig
 from blocks.families import FAMILIES
 from blocks.rounded_model import RoundedLinear
-from distill.operations import add_norm, gated, pack, rotate
+from distill.operations import add_norm, gated, pack, rotate, round_inputs
 
 Packed = dict[int, tuple[Tensor, Tensor | None]]
 Visit = Callable[[Tensor], None]
@@ -54,7 +54,7 @@ class Pass:
         if isinstance(modules[0], RoundedLinear):  # these are rounded as one
             rounding, biases = modules[0].rounding, [module.bias for module in modules]
             bias = None if biases[0] is None else pack(biases, self.dtype)
-            return F.linear(rounding.inputs(x), rounding.weight(self.dtype), bias)
+            return F.linear(round_inputs(x, rounding), rounding.weight(self.dtype), bias)
         packs_once = self.packed is not None and self.dtype.itemsize == 2
         if not packs_once and all(module.weight.dtype == self.dtype for module in modules):
             outputs = [module(x) for module in modules]

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blocks.formats import E4M3_ZERO_SCALE
+
 LARGEST_BLOCK = 4096
 PROGRAMS = 1024
 """Programs of the backward pass of a norm: each keeps its own sum of the weight's gradient."""
@@ -170,7 +172,67 @@ def _gated_backward(gate_up, d_out, d_gate_up, W, BLOCK: tl.constexpr):
     tl.store(d_gate_up + row * 2 * W + W + columns, d * gate * sigmoid, mask=inside)
 
 
+@triton.jit
+def _to_minifloat(x, LOWEST: tl.constexpr, MANTISSA: tl.constexpr):
+    """`blocks.formats._to_minifloat`: fp32 to the nearest of a float of few bits, ties to even. Exact but for that rounding."""
+    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 127 + LOWEST) - MANTISSA
+    spacing = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # powers of two, both
+    return ((x * inverse + 12582912.0) - 12582912.0) * spacing  # 1.5 * 2^23: numbers next to it are one apart
+
+
+@triton.jit
+def _round_e4m3(x, out, D, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """One token in E4M3, its step the largest value / 448."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < D
+    value = tl.load(x + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+    step = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
+    step = tl.where(step == 0, EPS, step)
+    scaled = tl.div_rn(value, step + tl.zeros_like(value))
+    code = _to_minifloat(tl.minimum(tl.maximum(scaled, -448.0), 448.0), -6, 3)
+    tl.store(out + row * D + columns, code * step, mask=inside)
+
+
+@triton.jit
+def _round_nvfp4(x, divisor, out, groups, ZERO_SCALE: tl.constexpr, GROUPS: tl.constexpr):
+    """One token in E2M1, in blocks of 16 with E4M3 scales over a divisor that all tokens share."""
+    row = tl.program_id(0).to(tl.int64)
+    group, column = tl.arange(0, GROUPS)[:, None], tl.arange(0, 16)[None, :]
+    inside = (group < groups) & (column < 16)
+    at = row * groups * 16 + group * 16 + column
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    shared = tl.load(divisor)
+    largest = tl.max(tl.abs(value), 1)
+    scale = _to_minifloat(tl.minimum(shared * tl.div_rn(largest, 6.0 + tl.zeros_like(largest)), 448.0), -6, 3)
+    step = tl.div_rn(tl.where(scale == 0, ZERO_SCALE, scale), shared + tl.zeros_like(scale))
+    scaled = tl.div_rn(value, step[:, None] + tl.zeros_like(value))
+    code = _to_minifloat(tl.minimum(tl.maximum(scaled, -6.0), 6.0), 0, 1)
+    tl.store(out + at, code * step[:, None], mask=inside)
+
+
 # Launching
+
+
+def round_e4m3(x_ND: Tensor) -> Tensor:
+    """Tokens rounded to E4M3 with a scale each, in their own dtype: `Float8.fake_input`, bit for bit."""
+    rows, size = x_ND.shape
+    out_ND = torch.empty_like(x_ND)
+    block = triton.next_power_of_2(size)
+    with _device(x_ND):
+        _round_e4m3[(rows,)](x_ND, out_ND, size, torch.finfo(torch.float32).eps, block, num_warps=_warps(block))
+    return out_ND
+
+
+def round_nvfp4(x_ND: Tensor, divisor: Tensor) -> Tensor:
+    """Tokens rounded to nvfp4 with a divisor [1], in their own dtype: `NvFloat4.fake_input`, bit for bit. 16 divides D."""
+    rows, size = x_ND.shape
+    out_ND = torch.empty_like(x_ND)
+    block = triton.next_power_of_2(size // 16)
+    with _device(x_ND):
+        _round_nvfp4[(rows,)](x_ND, divisor, out_ND, size // 16, E4M3_ZERO_SCALE, block, num_warps=_warps(block * 16))
+    return out_ND
 
 
 def kl_rows(student_NV: Tensor, teacher_NV: Tensor, scale_N: Tensor, gradient_NV: Tensor | None) -> Tensor:

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from blocks.formats import Float8, NvFloat4
 from blocks.layer import rms_norm
+from blocks.rounded_model import Rounding
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,6 +80,15 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Matrices or biases one below the other in another dtype: one matrix product instead of several."""
     packed: Tensor = _Pack.apply(dtype, *weights)
     return packed
+
+
+def round_inputs(x: Tensor, rounding: Rounding) -> Tensor:
+    """What rounded matrices multiply [..., columns], as their kernel sees it; the gradient passes straight through."""
+    format = rounding.format
+    if format.input_bits < 16 and isinstance(format, (Float8, NvFloat4)) and kernels_for(x) is not None:
+        rounded: Tensor = _RoundInputs.apply(x, format)
+        return rounded
+    return rounding.inputs(x)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -154,6 +165,22 @@ class _Gated(torch.autograd.Function):
         flat = gate_up.contiguous().flatten(0, -2), d_out.contiguous().flatten(0, -2)
         gradient: Tensor = kernels.gated_backward(*flat)
         return gradient.view_as(gate_up)
+
+
+class _RoundInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: Float8 | NvFloat4) -> Tensor:
+        kernels, flat = _kernels(), x.contiguous().flatten(0, -2)
+        assert kernels is not None
+        if isinstance(format, Float8):
+            rounded: Tensor = kernels.round_e4m3(flat)
+        else:
+            rounded = kernels.round_nvfp4(flat, format.divisor(flat))
+        return rounded.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class _Pack(torch.autograd.Function):
