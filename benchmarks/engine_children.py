@@ -2,13 +2,17 @@
 
     python benchmarks/engine_children.py OUT                         children of SmolLM2-135M
     python benchmarks/engine_children.py OUT --parent tiny           random topologies of a tiny random parent
+    python benchmarks/engine_children.py OUT --packed                children of SmolLM2-135M with precisions
 
-Each child is a directory as `nas distill` writes it, in fp32, with `reference.json` beside its files:
+Each child is a directory as `nas distill` writes it, in fp32 (with precisions: in bf16, and the reference rounds to nearest,
+inputs and all, in fp32), with `reference.json` beside its files:
 
     prompt      token ids that greedy decoding starts from       tokens       what it gives, ids
     text        token ids of a fixed text                        log_probs    of text[1:], nats, given all before
     margin      smallest gap of the two best log-probs over the greedy steps: equal tokens mean little below 1e-3
     layers      the architecture                                 versions     of torch and transformers
+    noise       of children with precisions: how far from log_probs, in the mean, the same model is with its embedding changed by a
+                millionth (rounded inputs make much of that), or in bf16 where a format is of integers, whose kernels know no fp32
 
 Weights are cut from the parent and not fitted: what is compared is two programs on one model, so that the model need not be good.
 """
@@ -27,9 +31,11 @@ import transformers
 from torch import Tensor
 
 from blocks.checkpoint import load_child, write_child
+from blocks.formats import FORMATS
 from blocks.parent import Parent, open_parent
+from blocks.rounded import holds
 from blocks.shape import ModelShape
-from blocks.spec import Architecture, LayerSpec
+from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
 
 REFERENCE = "reference.json"
 GREEDY_TOKENS = 24
@@ -65,21 +71,25 @@ TINY_PARENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_children(out_dir: Path, parent: str = "smollm2") -> list[Path]:
+def make_children(out_dir: Path, parent: str = "smollm2", packed: bool = False) -> list[Path]:
     """Writes what is not there yet and returns the children's directories.
 
     Args:
         out_dir: where to write; children of other parents stay apart by name.
         parent: "smollm2", "tiny" (random weights, byte tokenizer), or any name that `open_parent` takes.
+        packed: children with precisions, one for each number format and one with several.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     found = []
     for tag, opened in _parents(out_dir, parent).items():
-        made = architectures(opened.shape, tiny=parent == "tiny")
+        made = with_precisions(opened.shape) if packed else architectures(opened.shape, tiny=parent == "tiny")
+        if packed and tag not in ("tiny", Path(parent).name):
+            continue
         for child, layers in made.items() if tag in ("tiny", Path(parent).name) else [("random-0", made["random-0"])]:
             path = out_dir / f"{tag}-{child}"
             if not (path / REFERENCE).is_file():
-                write_child(path, opened.path, Architecture.from_list(layers), _cut(opened, layers), "float32")
+                dtype = "bfloat16" if packed else "float32"
+                write_child(path, opened.path, Architecture.from_list(layers), _cut(opened, layers), dtype)
                 (path / REFERENCE).write_text(json.dumps(reference(path, opened, layers), indent=1) + "\n")
             found.append(path)
     return found
@@ -135,6 +145,26 @@ def architectures(shape: ModelShape, tiny: bool = False) -> dict[str, list[str]]
         "random-0": _random(shape, 0, linear=False),
         "random-1": _random(shape, 1, linear=True),
     }
+
+
+def with_precisions(shape: ModelShape) -> dict[str, list[str]]:
+    """By name: nearly the parent, so that it speaks, in each format; and in several: attentions, FFNs and layers differ."""
+    whole, n = shape.parent_layer, shape.num_hidden_layers
+    skips = {
+        2 * n // 3: LayerSpec(AttentionSpec("skip"), whole.ffn),
+        2 * n // 5: LayerSpec(whole.attention, FFNSpec("skip")),
+    }
+    layers = [skips.get(index, whole) for index in range(n)]
+    found = {name: [layer.at(name) for layer in layers] for name in FORMATS if name not in ("bf16", "int3")}
+    found["mixed"] = [
+        layer.at("fp8", "int4-g32") if index % 4 else layer.at("bf16", "fp8") for index, layer in enumerate(layers)
+    ]
+    held = {name: each for name, each in found.items() if all(_held(shape, layer) for layer in each)}
+    return {f"packed-{name}": [str(layer) for layer in each] for name, each in held.items()}
+
+
+def _held(shape: ModelShape, layer: LayerSpec) -> bool:
+    return holds(shape, layer.attention) and holds(shape, layer.ffn)
 
 
 def _random(shape: ModelShape, seed: int, linear: bool) -> list[str]:
@@ -211,16 +241,34 @@ def reference(path: Path, parent: Parent, layers: list[str]) -> dict[str, object
             best = last.topk(2)
             margin = min(margin, float(best.values[0] - best.values[1]))
             tokens.append(int(best.indices[0]))
-        log_probs = model(torch.tensor([text]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    log_probs = _log_probs(model, text)
     return {
         "prompt": prompt,
         "tokens": tokens,
         "text": text,
-        "log_probs": log_probs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist(),
+        "log_probs": log_probs.tolist(),
         "margin": margin,
+        "noise": float((_log_probs(_nearby(path, model, layers), text) - log_probs).abs().mean()),
         "layers": layers,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+@torch.no_grad()
+def _nearby(path: Path, model: Any, layers: list[str]) -> Any:
+    """The model as other arithmetic might compute it; itself where nothing is rounded."""
+    if "@int" in str(layers):
+        return load_child(path, torch.bfloat16)
+    if "@" in str(layers):
+        table = model.model.embed_tokens.weight
+        table.mul_(1 + 1e-6 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+@torch.no_grad()
+def _log_probs(model: Any, text: list[int]) -> Tensor:
+    found: Tensor = model(torch.tensor([text]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return found.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
 
 
 def _tiny_parent(path: Path, overrides: dict[str, Any]) -> Path:
@@ -249,8 +297,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--parent", default="smollm2")
+    parser.add_argument("--packed", action="store_true", help="children with precisions")
     arguments = parser.parse_args()
-    for path in make_children(arguments.out, arguments.parent):
+    for path in make_children(arguments.out, arguments.parent, arguments.packed):
         made = json.loads((path / REFERENCE).read_text())
         print(
             f"{path}  margin {made['margin']:.4f}  mean log-prob {sum(made['log_probs']) / len(made['log_probs']):.3f}"
