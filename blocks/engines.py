@@ -256,10 +256,7 @@ def _unread_formats(engine: Engine, architecture: Architecture) -> list[str]:
         return []
     instead = "`nas export --no-pack` writes bf16"
     if not engine.precisions:
-        why = (
-            "its formats are of its own making" if engine.gguf else "it reads no packed weights of a nemotron-nas model"
-        )
-        return [f"{why}, not {and_list(used)} ({instead})"]
+        return [f"it reads no weights in compressed-tensors form, here {and_list(used)} ({instead})"]
     if unknown := [name for name in used if name not in engine.precisions]:
         return [f"it reads no {and_list(unknown)} weights in compressed-tensors form ({instead})"]
     forms = sorted({form_of(name) for name in used})
