@@ -12,6 +12,7 @@ parent on plain text until they are off it, and all other parts take that one. P
                  structure in a uniform format, joint
     gptq         round to nearest against GPTQ, whole parent, each format, calibrated on the fitting text
     qad          quantization-aware distillation of the whole parent: by KL and by cross-entropy, against rounding alone
+    healed       children of `budgets`, healed on the same tokens: structure only; joint, in bf16 and then rounded, or rounded throughout
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from blocks.calibrated import gptq_layers
+from blocks.checkpoint import load_child, read_architecture
 from blocks.files import save_json
 from blocks.formats import FORMATS
 from blocks.parent import Parent, open_parent
@@ -35,6 +37,7 @@ from blocks.rounded import round_layer
 from blocks.rounded_model import round_model
 from blocks.spec import Architecture
 from distill.config import DistillConfig
+from distill.stages import Stage, heal_in_stages
 from distill.trainer import heal
 from nas.additivity import Additivity
 from nas.assemble import Assembler, Child
@@ -56,7 +59,7 @@ ROUNDED = ("fp8", "int8", "nvfp4", "nvfp4a16", "int4-g32", "int3")
 LEARNED = ("nvfp4", "int4-g32", "int3")
 BUDGETS = (0.7, 0.5, 0.35, 0.25)
 KV_DTYPES = "bfloat16,float8"
-PARTS = ("parent", "additivity", "budgets", "gptq", "qad")
+PARTS = ("parent", "additivity", "budgets", "gptq", "qad", "healed")
 SIZES: dict[str, Any] = {
     "fit_tokens": 81_920,
     "calibration_tokens": 32_768,
@@ -80,6 +83,21 @@ SMALL_SEARCH = {
 }
 OFF_GRID = 8_000_000
 LEARNING = 4_000_000
+HEALED = (0.5, 0.35)
+HEALING = 9_400_000
+WAYS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
+    "structure only": ("structure only", ({},)),
+    "joint, then rounded": (
+        "joint",
+        ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-5}),
+    ),
+    "joint, then rounded, 1e-4": (
+        "joint",
+        ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-4}),
+    ),
+    "joint, rounded throughout": ("joint", ({"qad": True},)),
+}
+"""Which child, and its stages."""
 
 
 class Bench:
@@ -168,7 +186,11 @@ class Bench:
 
     def budgets_part(self) -> list[dict[str, Any]]:
         run, parent = self.run()
-        return [row for share in BUDGETS[: 1 if self.small else None] for row in self.at_budget(run, parent, share)]
+        return [
+            row
+            for share in self.chosen.budgets[: 1 if self.small else None]
+            for row in self.at_budget(run, parent, share)
+        ]
 
     def at_budget(self, run: Run, parent: Parent, share: float) -> Iterator[dict[str, Any]]:
         file = self.work / f"budget-{share}.json"
@@ -204,6 +226,8 @@ class Bench:
     def row(self, name: str, search: Search, architecture: Architecture, share: float, took: float) -> dict[str, Any]:
         assembler: Assembler = replace(search.assembler, verify_tokens=self.text("heldout"), _hidden=None)
         child: Child = assembler.assemble(architecture)
+        if name in ("structure only", "joint"):
+            assembler.write(child, self.work / "children" / f"{name}-{share}", "bfloat16")
         cost = search.candidates.costs.cost(architecture)
         row = {
             "budget": share,
@@ -263,6 +287,36 @@ class Bench:
                 print(name, loss, found[f"{name} {loss}"], flush=True)
         return found
 
+    def healed_part(self) -> list[dict[str, Any]]:
+        self.budgets_part()
+        parent, rows = self.parent(), []
+        teacher = load_parent_model(parent, self.device)
+        train, heldout = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
+        for share in BUDGETS[:1] if self.small else HEALED:
+            for name, (child, stages) in WAYS.items():
+                file = self.work / f"healed-{share}-{name}.json"
+                if not file.exists():
+                    directory = self.work / "children" / f"{child}-{share}"
+                    _, architecture = read_architecture(directory)
+
+                    def load(config: DistillConfig, directory: Path = directory) -> tuple[Any, Any]:
+                        student = load_child(directory, rounded=False)
+                        return teacher, round_model(student, through=torch.bfloat16) if config.qad else student
+
+                    configs = [self.stage(architecture, **settings) for settings in stages]
+                    work = self.work / f"heal-{share}-{name}"
+                    results = heal_in_stages([Stage(config, train) for config in configs], load, heldout, work)
+                    row = {"budget": share, "name": name, "tokens": sum(r.tokens for r in results)}
+                    row |= {"before": results[0].before.kl, "stages": [r.after.kl for r in results]}
+                    tell(file, row | {"tokens_per_s": results[-1].tokens_per_s, "qad_before": results[-1].before.kl})
+                rows.append(json.loads(file.read_text()))
+                print(rows[-1], flush=True)
+        return rows
+
+    def stage(self, architecture: Architecture, share: float = 1.0, **settings: Any) -> DistillConfig:
+        whole = self.training(HEALING)
+        return DistillConfig(**(whole | {"tokens": round(share * whole["tokens"])} | settings)).suited_to(architecture)
+
 
 def shares(architecture: Architecture) -> dict[str, int]:
     """Subblocks by precision."""
@@ -314,6 +368,17 @@ def tables(found: dict[str, Any]) -> None:
                 f"| {name.replace(' ', ' | ')} | {of['rounded']:.4f} | {of['learned']:.4f} | {of['rounded'] / of['learned']:.2f} "
                 f"| {of['ce_before']:.4f} | {of['ce_after']:.4f} | {of['tokens']:,} | {of['tokens_per_s']:,.0f} |"
             )
+    if healed := found.get("healed"):
+        print(
+            "\n| budget | child | tokens | KL before | after each stage | of the last, before | tokens/s |\n|"
+            + "---|" * 7
+        )
+        for row in healed:
+            after = ", ".join(f"{kl:.4f}" for kl in row["stages"])
+            print(
+                f"| {row['budget']} | {row['name']} | {row['tokens']:,} | {row['before']:.4f} | {after} | {row['qad_before']:.4f} "
+                f"| {row['tokens_per_s']:,.0f} |"
+            )
 
 
 def main() -> None:
@@ -322,6 +387,7 @@ def main() -> None:
     arguments.add_argument("--data", default="python-docs")
     arguments.add_argument("--work", type=Path, default=Path("runs/precision"))
     arguments.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    arguments.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     arguments.add_argument("--out", type=Path)
     arguments.add_argument("--small", action="store_true", help="few tokens, on the CPU: a check of this script")
     chosen = arguments.parse_args()
@@ -332,6 +398,7 @@ def main() -> None:
         "budgets": bench.budgets_part,
         "gptq": bench.gptq_part,
         "qad": bench.qad_part,
+        "healed": bench.healed_part,
     }
     for name in chosen.parts:
         started = time.perf_counter()

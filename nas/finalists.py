@@ -186,12 +186,13 @@ class ShortHeals:
     def _run(self, architecture: Architecture, directory: Path, until: int) -> Any:
         if self._teacher is None:
             self._teacher = load_parent_model(self.parent, self.device)
-        student = load_child(directory / "child")
+        student = load_child(directory / "child")  # rounded as it will be served, if it has precisions
+        config = replace(self.config, qad=architecture != architecture.structure).suited_to(architecture)
         data = self.run.path("data")
         packs = load_pack(data / "train.npy"), load_pack(data / "calibration.npy")
         with self.reporter.bar(f"Healing {directory.name}", until) as (bar, task):
             return heal(
-                self.config.suited_to(architecture),
+                config,
                 self._teacher,
                 student,
                 *packs,
