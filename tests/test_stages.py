@@ -51,7 +51,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def run_stages(out_dir: Path, *configs: DistillConfig, **options: Any) -> list[HealResult]:
     train, heldout = packs()
-    return heal_in_stages([Stage(config, train) for config in configs], lambda _: tiny_pair(), heldout, out_dir, **options)
+    return heal_in_stages(
+        [Stage(config, train) for config in configs], lambda _: tiny_pair(), heldout, out_dir, **options
+    )
 
 
 def test_each_stage_begins_with_the_best_of_the_one_before(tmp_path: Path) -> None:
