@@ -31,7 +31,7 @@ from nas.exact import kl_to_parent
 from nas.progress import Reporter
 from nas.run import Run, create_run
 from nas.score import run_score
-from nas.search import load_candidates
+from nas.search_problem import load_candidates
 
 BUDGETS = (0.9, 0.7, 0.5)
 FLOORS = {0.9: 0.072, 0.7: 0.314, 0.5: 0.745}

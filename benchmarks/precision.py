@@ -52,7 +52,8 @@ from nas.precisions import PrecisionScoring
 from nas.progress import Reporter
 from nas.run import Run, create_run
 from nas.score import run_score
-from nas.search import Search, choose_kv_dtype, score_precisions
+from nas.search import Search
+from nas.search_problem import choose_kv_dtype, score_precisions
 
 SEARCHED = "bf16,fp8,int8,nvfp4,nvfp4a16,int4-g32"
 ROUNDED = ("fp8", "int8", "nvfp4", "nvfp4a16", "int4-g32", "int3")

@@ -41,30 +41,6 @@ from blocks.sweep import Sweep
 QUANTIZERS = ("nearest", "gptq")
 
 
-class CalibratedWeights(RoundedWeights):
-    """Rounded tensors of a layer whose kernels scale inputs with what calibration found.
-
-    Attributes:
-        input_divisors: of nvfp4's inputs (W4A4), by name without ".weight".
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], formats: Mapping[str, Format], input_divisors: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(tensors, formats)
-        self.input_divisors = dict(input_divisors)
-
-    def round_input(self, name: str, x: Tensor) -> Tensor:
-        format = self.formats.get(name)
-        if format is None or format.input_bits == 16:
-            return x
-        return format.fake_input(x, self.input_divisors.get(name)).to(x.dtype)
-
-    def to(self, dtype: torch.dtype) -> CalibratedWeights:
-        tensors = {name: tensor.to(dtype) for name, tensor in self.items()}
-        return CalibratedWeights(tensors, self.formats, self.input_divisors)
-
-
 @dataclass(frozen=True)
 class CalibratedLayer:
     """One layer as it will be served.
@@ -76,7 +52,7 @@ class CalibratedLayer:
     """
 
     index: int
-    weights: CalibratedWeights
+    weights: RoundedWeights
     matrices: Mapping[str, PackedMatrix]
 
 
@@ -131,7 +107,7 @@ def nearest_layers(layers: Iterable[Weights], architecture: Architecture) -> Ite
 
 def needs_text(architecture: Architecture, nearest: bool) -> bool:
     """Whether rounding takes text: GPTQ does wherever something is rounded, nearest for the input scales of nvfp4 (W4A4)."""
-    formats = [format_named(name) for name in architecture.precisions if name != BF16]
+    formats = [format_named(name) for name in architecture.rounded]
     return any(not nearest or _scales_inputs(format) for format in formats)
 
 
@@ -149,7 +125,7 @@ class _Rounding:
         precision = precision_of(self.spec, group[0])
         return None if precision == BF16 else format_named(precision)
 
-    def weights(self) -> CalibratedWeights:
+    def weights(self) -> RoundedWeights:
         """All tensors, those rounded so far as what they stand for."""
         tensors, formats, divisors = dict(self.given), {}, {}
         for name, matrix in self.matrices.items():
@@ -158,7 +134,7 @@ class _Rounding:
             formats[name] = matrix.quantized.format
             if matrix.input_divisor is not None:
                 divisors[name] = matrix.input_divisor
-        return CalibratedWeights(tensors, formats, divisors)
+        return RoundedWeights(tensors, formats, divisors)
 
     def round(self, group: list[str], gram: Tensor | None = None, largest: Tensor | None = None) -> None:
         """Rounds matrices that are run as one, by GPTQ if a Gram is given."""

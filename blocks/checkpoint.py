@@ -22,13 +22,14 @@ from blocks.child.layout import (
     as_config,
     child_config,
     expected_tensors,
+    is_packed,
     read_architecture,
     read_config,
     shape_of,
 )
 from blocks.errors import CheckpointError, some_of
 from blocks.files import replace_directory, write_tensors
-from blocks.packing import Sizes, is_packed, packed_tensors, quantization_config
+from blocks.packing import Sizes, packed_tensors, quantization_config
 from blocks.shape import ModelShape
 from blocks.spec import Architecture
 from blocks.weights import EMBEDDING, HEAD, INDEX, SINGLE, WeightStore

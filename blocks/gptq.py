@@ -25,19 +25,6 @@ from blocks.formats import Format, Quantized, Scales
 MORE_DAMPING = (1.0, 10.0, 100.0)  # times `damping`, if a factor fails: fp32 sums of huge collinear inputs
 
 
-def gptq(
-    weight: Tensor,
-    gram: Tensor,
-    format: Format,
-    damping: float = 0.01,
-    block: int = 128,
-    act_order: bool = False,
-    divisor: Tensor | None = None,
-) -> Tensor:
-    """The matrix [rows, n] quantized by GPTQ and dequantized, in fp32. Arguments and errors are those of `gptq_codes`."""
-    return gptq_codes(weight, gram, format, damping, block, act_order, divisor).weight
-
-
 def gptq_codes(
     weight: Tensor,
     gram: Tensor,

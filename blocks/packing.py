@@ -120,11 +120,6 @@ def format_of(architecture: Architecture, name: str) -> Format | None:
     return None if precision == BF16 else format_named(precision)
 
 
-def is_packed(content: Mapping[str, Any]) -> bool:
-    """Whether a child's config.json speaks of packed weights."""
-    return bool(content.get("quantization_config"))
-
-
 # ---- what config.json says
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from blocks.fit import Statistics
 from blocks.layer import LayerMath, Weights, add_subblock, attention_input, ffn_input, has_ffn
 from blocks.rounded import RoundedWeights, round_layer
-from blocks.spec import LayerSpec
+from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
 from blocks.sweep import Sweep
 
+NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 Read = Callable[[Weights, Tensor, LayerMath], tuple[str, Tensor] | None]
 """What a subblock's last matrix reads: `attention_input` or `ffn_input`."""
 
@@ -88,10 +89,13 @@ def _refit_layer(
     pseudo_tokens: float,
 ) -> Tensor:
     """Refits one layer in `own`; returns the child's stream after it."""
-    for read, goal in zip((attention_input, ffn_input), targets, strict=True):
+    attention, ffn = (
+        (None, None) if spec is None else (LayerSpec(spec.attention, NO_FFN), LayerSpec(NO_ATTENTION, spec.ffn))
+    )
+    for read, part, goal in zip((attention_input, ffn_input), (attention, ffn), targets, strict=True):
         if read is attention_input and not has_ffn(own):
             goal = targets[1]  # with no FFN behind it, the attention answers for the whole layer
-        stream = _refit_subblock(sweep, own, spec, read, stream, goal, pseudo_tokens)
+        stream = _refit_subblock(sweep, own, part, read, stream, goal, pseudo_tokens)
     return stream
 
 
@@ -104,7 +108,10 @@ def _refit_subblock(
     goal: Tensor,
     pseudo_tokens: float,
 ) -> Tensor:
-    """Refits the last matrix of one subblock in `own`, if it has one, so that the stream behind it becomes `goal`."""
+    """Refits the last matrix of one subblock in `own`, if it has one, so that the stream behind it becomes `goal`.
+
+    `spec` has the precision of that subblock alone, for the other one's matrices are not read.
+    """
     math = sweep.math(stream.shape[1])
     served = own if spec is None else round_layer(own, spec)
     statistics, name = None, ""

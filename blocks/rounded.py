@@ -35,19 +35,28 @@ class RoundedWeights(dict[str, Tensor], RoundsInputs):
 
     Attributes:
         formats: of the matrices that are not bf16, by name without ".weight".
+        input_divisors: of nvfp4's inputs (W4A4) where calibration found them; else they are taken from the inputs.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], formats: Mapping[str, Format]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        formats: Mapping[str, Format],
+        input_divisors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(tensors)
-        self.formats = dict(formats)
+        self.formats, self.input_divisors = dict(formats), dict(input_divisors or {})
 
     def round_input(self, name: str, x: Tensor) -> Tensor:
         """What the matrix `name` multiplies [..., inputs], as its kernel sees it."""
         format = self.formats.get(name)
-        return x if format is None or format.input_bits == 16 else format.fake_input(x).to(x.dtype)
+        if format is None or format.input_bits == 16:
+            return x
+        return format.fake_input(x, self.input_divisors.get(name)).to(x.dtype)
 
     def to(self, dtype: torch.dtype) -> RoundedWeights:
-        return RoundedWeights({name: tensor.to(dtype) for name, tensor in self.items()}, self.formats)
+        tensors = {name: tensor.to(dtype) for name, tensor in self.items()}
+        return RoundedWeights(tensors, self.formats, self.input_divisors)
 
 
 def precision_of(spec: LayerSpec, name: str) -> str:
@@ -84,7 +93,7 @@ def round_layer(weights: Weights, spec: LayerSpec) -> Weights:
 def holds(shape: ModelShape, spec: AttentionSpec | FFNSpec) -> bool:
     """Whether the precision of a subblock can hold its matrices: their inputs are a multiple of what shares a scale."""
     group = format_named(spec.precision).group or 1
-    return all(columns % group == 0 for _, columns in matrices_of(shape, spec))
+    return all(columns % group == 0 for _, columns in shape.matrices(spec))
 
 
 def subblock_bytes(shape: ModelShape, spec: AttentionSpec | FFNSpec, weight_bytes: int) -> int:
@@ -92,19 +101,13 @@ def subblock_bytes(shape: ModelShape, spec: AttentionSpec | FFNSpec, weight_byte
 
     Raises ConfigError for a format that is not known or cannot hold it.
     """
-    attention = isinstance(spec, AttentionSpec)
-    parameters = shape.attention_parameters(spec) if attention else shape.ffn_parameters(spec)  # type: ignore[arg-type]
+    parameters = shape.subblock_parameters(spec)
     if spec.precision == BF16:
         return parameters * weight_bytes
-    matrices, format = matrices_of(shape, spec), format_named(spec.precision)
+    matrices, format = shape.matrices(spec), format_named(spec.precision)
     if not holds(shape, spec):
         raise ConfigError(
             f"{spec}: its inputs are no multiple of the {format.group} that share a scale in {format.name}"
         )
     rest = parameters - sum(rows * columns for rows, columns in matrices)
     return rest * weight_bytes + sum(format.bytes(rows, columns) for rows, columns in matrices)
-
-
-def matrices_of(shape: ModelShape, spec: AttentionSpec | FFNSpec) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the matrices of a subblock."""
-    return shape.attention_matrices(spec) if isinstance(spec, AttentionSpec) else shape.ffn_matrices(spec)

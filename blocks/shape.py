@@ -91,6 +91,14 @@ class ModelShape:
             return [(spec.width, hidden), (spec.width, hidden), (hidden, spec.width)]
         return [(hidden, hidden)] if spec.kind == "linear" else []
 
+    def subblock_parameters(self, spec: AttentionSpec | FFNSpec) -> int:
+        """Of an attention or an FFN, with its norm."""
+        return self.attention_parameters(spec) if isinstance(spec, AttentionSpec) else self.ffn_parameters(spec)
+
+    def matrices(self, spec: AttentionSpec | FFNSpec) -> list[tuple[int, int]]:
+        """(outputs, inputs) of each matrix of an attention or an FFN: what a precision applies to."""
+        return self.attention_matrices(spec) if isinstance(spec, AttentionSpec) else self.ffn_matrices(spec)
+
     def layer_parameters(self, spec: LayerSpec) -> int:
         return self.attention_parameters(spec.attention) + self.ffn_parameters(spec.ffn)
 

@@ -175,6 +175,11 @@ class Architecture:
         subblocks = (subblock for layer in self.layers for subblock in (layer.attention, layer.ffn))
         return sorted({subblock.precision for subblock in subblocks if subblock.kind != "skip"})
 
+    @property
+    def rounded(self) -> list[str]:
+        """The formats that its matrices are rounded to: all that it uses but bf16; none of a structure."""
+        return [name for name in self.precisions if name != BF16]
+
     def to_list(self) -> list[str]:
         return [str(layer) for layer in self.layers]
 

@@ -195,7 +195,7 @@ class DistillConfig:
 
     def suited_to(self, child: Architecture) -> DistillConfig:
         """This configuration with what is left to the child decided. Raises ConfigError if it has nothing to round for qad."""
-        if self.qad and child == child.structure:
+        if self.qad and not child.rounded:
             raise ConfigError("qad: all matrices of this child are bf16; leave it out, or search one with --precisions")
         if self.cosine is not None:
             return self

@@ -107,6 +107,10 @@ class Candidates:
                 moved.append(Bound(bound.name, None, round(at_start + progress * (bound.high - at_start))))
         return Candidates(self.table, self.costs, tuple(moved), self.precisions)
 
+    def has(self, architecture: Architecture) -> bool:
+        """Whether an architecture is one of these candidates."""
+        return all(spec in places for places, spec in zip(self._places, architecture, strict=True))
+
     def choice(self, architecture: Architecture) -> tuple[int, ...]:
         """Indices into the table. Raises KeyError for an architecture of other candidates."""
         return tuple(places[spec] for places, spec in zip(self._places, architecture, strict=True))

@@ -18,12 +18,10 @@ from typing import Any
 import torch
 
 from blocks.files import save_json
-from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.rounded import round_layer
 from blocks.spec import BF16, LayerSpec
 from nas.costs import CostModel, Scenario
-from nas.exact import kl_to_parent
 from nas.precisions import PrecisionScores, PrecisionScoring, parse_precisions, require_served
 from nas.progress import Reporter
 from nas.run import Run
@@ -84,7 +82,6 @@ class Additivity:
     def _drawn(self) -> Iterator[tuple[int, LayerSpec, str]]:
         """Structures that are not the parent's and that the precision can hold."""
         own, costs = self.scoring.parent.shape.parent_layer, CostModel(self.scoring.parent.shape, Scenario())
-        blocks = BlockLibrary(self.scoring.run.path("library"))
         for number, precision in enumerate(self.precisions):
             pairs = [
                 (layer, row.spec)
@@ -92,7 +89,7 @@ class Additivity:
                 for row in rows
                 if row.spec not in (own, row.spec.at(precision))
                 and costs.holds(row.spec.at(precision))
-                and blocks.has(layer)
+                and self.scoring.blocks.has(layer)
             ]
             chosen = random.Random(self.seed * 1000 + number).sample(pairs, min(self.draws, len(pairs)))
             yield from ((layer, spec, precision) for layer, spec in sorted(chosen, key=lambda pair: pair[0]))
@@ -112,12 +109,10 @@ class Additivity:
     def _true_kl(self, layer: int, spec: LayerSpec) -> float:
         """Of the parent with one layer replaced."""
         if (layer, spec) not in self._alone:
-            scoring, sweep = self.scoring, self.scoring.sweep
-            layers = [sweep.layer(index) for index in scoring.parent.shape.layers]
-            library = BlockLibrary(scoring.run.path("library")).open(layer, layers[layer])
+            layers = self.scoring.layers
+            library = self.scoring.blocks.open(layer, layers[layer])
             layers[layer] = round_layer(library.layer_weights(spec.structure), spec)
-            hidden = sweep.of(layers).run(scoring.text)
-            self._alone[layer, spec] = float(kl_to_parent(sweep, scoring.parent_hidden, [hidden])[0].mean())
+            self._alone[layer, spec] = self.scoring.true_kl(layers)
         return self._alone[layer, spec]
 
 
@@ -133,7 +128,7 @@ def _errors(checks: Sequence[Check]) -> dict[str, float]:
     }
 
 
-def score_precisions(
+def score_and_check(
     run: Run, parent: Parent, device: torch.device, reporter: Reporter, formats: str, tokens: int, verify: bool
 ) -> dict[str, Any]:
     """`nas score --precisions`: scores what is missing, and checks sums if asked to. Returns what is told of it."""

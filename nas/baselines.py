@@ -16,10 +16,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from blocks.errors import InfeasibleBudgetError
 from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
 from nas.additive import Candidates
-from nas.solve import Limit, Problem, solve
+from nas.solve import Limit, solve_with
 
 PARENT_PRECISION, CHILD_PRECISION = "parent-uniform-precision", "child-uniform-precision"
 BASELINES = ("uniform", "depth-contiguous", "depth-score", "random", PARENT_PRECISION, CHILD_PRECISION)
@@ -101,8 +100,7 @@ def parent_in_one_precision(candidates: Candidates) -> Architecture | None:
     """Of the parent in each format, the one within the limits with the least score."""
     shape = candidates.costs.shape
     whole = [shape.parent_architecture.at(name) for name in precisions_of(candidates)]
-    known = [a for a in whole if all(spec in specs for spec, specs in zip(a, candidates.specs, strict=True))]
-    return _best(candidates, [architecture for architecture in known if candidates.allows(architecture)])
+    return _best(candidates, [a for a in whole if candidates.has(a) and candidates.allows(a)])
 
 
 def child_in_one_precision(candidates: Candidates) -> Architecture | None:
@@ -110,11 +108,7 @@ def child_in_one_precision(candidates: Candidates) -> Architecture | None:
     found = []
     for name in precisions_of(candidates):
         other = [[int(spec != spec.at(name)) for spec in specs] for specs in candidates.specs]
-        problem = candidates.problem
-        try:
-            solution = solve(Problem(problem.scores, [*problem.limits, Limit("other formats", other, high=0)]), gap=GAP)
-        except InfeasibleBudgetError:
-            continue
+        solution = solve_with(candidates.problem, Limit("other formats", other, high=0), gap=GAP)
         if solution is not None:
             found.append(candidates.architecture(solution.choice))
     return _best(candidates, found)
@@ -122,9 +116,8 @@ def child_in_one_precision(candidates: Candidates) -> Architecture | None:
 
 def _without(candidates: Candidates, empty: range | list[int]) -> Architecture | None:
     parent = candidates.costs.shape.parent_layer
-    layers = [EMPTY if index in empty else parent for index in range(len(candidates.table))]
-    known = all(spec in specs for spec, specs in zip(layers, candidates.specs, strict=True))
-    return Architecture(tuple(layers)) if known else None
+    architecture = Architecture(tuple(EMPTY if index in empty else parent for index in range(len(candidates.table))))
+    return architecture if candidates.has(architecture) else None
 
 
 def _best(candidates: Candidates, architectures: list[Architecture]) -> Architecture | None:

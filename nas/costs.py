@@ -217,8 +217,7 @@ class CostModel:
     def _subblock_bytes(self, shape: ModelShape, spec: AttentionSpec | FFNSpec) -> int:
         """Weights of a subblock as built, in its precision."""
         if spec.precision == BF16:  # without torch, which the formats need
-            attention = isinstance(spec, AttentionSpec)
-            return self.weight_bytes * (shape.attention_parameters(spec) if attention else shape.ffn_parameters(spec))  # type: ignore[arg-type]
+            return self.weight_bytes * shape.subblock_parameters(spec)
         from blocks.rounded import subblock_bytes
 
         return subblock_bytes(shape, spec, self.weight_bytes)
@@ -286,7 +285,7 @@ class CostModel:
         values = cost.kv_bytes // self.kv_bytes_per_value
         kv_bytes = s.kv_value_bytes
         names = architecture.precisions
-        how = f"x {self.weight_bytes} B" if names in ([], [BF16]) else f"in {', '.join(names)} with their scales"
+        how = f"in {', '.join(names)} with their scales" if architecture.rounded else f"x {self.weight_bytes} B"
         return (
             f"weights {cost.parameters:,} {how} = {cost.weight_bytes:,} B"
             f" + KV {s.batch} x {s.context:,} tokens x {values:,} values x {kv_bytes} B = {cost.kv_bytes:,} B"

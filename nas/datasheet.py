@@ -227,9 +227,8 @@ class RooflineClock:
         if spec.precision == BF16:
             return DTYPE_BYTES[dtype], 1.0
         from blocks.formats import format_named
-        from blocks.rounded import matrices_of
 
-        format, matrices = format_named(spec.precision), matrices_of(self.shape, spec)
+        format, matrices = format_named(spec.precision), self.shape.matrices(spec)
         own = UNITS.get(format.name)
         speed = self.sheet.flops[own] / self.sheet.peak(dtype) if own in self.sheet.flops else 1.0
         return sum(format.bytes(*m) for m in matrices) / sum(rows * columns for rows, columns in matrices), speed

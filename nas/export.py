@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blocks.canonical import Change, Rewrite, canonical
-from blocks.child.layout import expected_tensors, read_architecture, read_config
+from blocks.child.layout import expected_tensors, is_packed, read_architecture, read_config
 from blocks.engines import ENGINES, Engine, Verdict, and_list, changes_json, engine_of, unsupported, verdict
 from blocks.errors import CheckpointError, ConfigError, NasError, UnsupportedModelError
 from blocks.families import CHILD_TYPE
 from blocks.files import remove_directory
 from blocks.shape import ModelShape, as_built
-from blocks.spec import BF16, Architecture
+from blocks.spec import Architecture
 from blocks.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Child:
     @property
     def packed(self) -> bool:
         """Whether its weights lie there in their formats; else in `dtype`, whatever its precisions."""
-        return bool(self.content.get("quantization_config"))
+        return is_packed(self.content)
 
     @property
     def rope(self) -> str:
@@ -195,7 +195,7 @@ def _gguf_faults(child: Child) -> list[str]:
 
 def packing_change(child: Child, architecture: Architecture) -> Change | None:
     """What packing a child of that architecture does, with the bytes that it saves; None if all of it is bf16."""
-    formats = [name for name in architecture.precisions if name != BF16]
+    formats = architecture.rounded
     if not formats:
         return None
     from blocks.rounded import subblock_bytes
@@ -255,7 +255,7 @@ def export_child(
     """
     rewrite, engine = plan_export(child, to, portable, pack), ENGINES[to]
     _check_target(child, out, engine.gguf)
-    formats = [name for name in rewrite.architecture.precisions if name != BF16]
+    formats = rewrite.architecture.rounded
     names = len(expected_tensors(rewrite.shape, rewrite.architecture))
     if formats:
         from nas.packed_export import Packing, write_packed

@@ -22,7 +22,8 @@ from nas.config import SearchConfig
 from nas.costs import Scenario
 from nas.progress import Reporter
 from nas.run import Run
-from nas.search import Search, choose_kv_dtype, score_precisions
+from nas.search import Search
+from nas.search_problem import choose_kv_dtype, score_precisions
 
 STEP = 0.05  # of the parent's share: the path between two members is walked in steps no longer than this
 

@@ -18,7 +18,6 @@ import torch
 from optuna.trial import FrozenTrial
 
 from blocks.checkpoint import load_child
-from blocks.errors import InfeasibleBudgetError
 from blocks.files import save_json
 from blocks.parent import Parent
 from blocks.spec import Architecture, AttentionSpec
@@ -33,7 +32,7 @@ from nas.measure import load_parent_model
 from nas.progress import Reporter
 from nas.run import Run, digest
 from nas.rungs import rungs
-from nas.solve import Limit, Problem, Solution, solve
+from nas.solve import Limit, Problem, Solution, solve_with
 from nas.study import architecture_of
 from nas.trials import Trials, origin_of
 
@@ -65,11 +64,8 @@ def _attention(costs: CostModel, spec: AttentionSpec) -> int:
     return costs.shape.attention_parameters(spec)
 
 
-def _with(problem: Problem, *limits: Limit) -> tuple[int, ...] | None:
-    try:
-        solution = solve(Problem(problem.scores, [*problem.limits, *limits]), gap=VARIANT_GAP)
-    except InfeasibleBudgetError:
-        return None
+def _with(problem: Problem, limit: Limit) -> tuple[int, ...] | None:
+    solution = solve_with(problem, limit, gap=VARIANT_GAP)
     return None if solution is None else solution.choice
 
 
@@ -187,7 +183,7 @@ class ShortHeals:
         if self._teacher is None:
             self._teacher = load_parent_model(self.parent, self.device)
         student = load_child(directory / "child")  # rounded as it will be served, if it has precisions
-        config = replace(self.config, qad=architecture != architecture.structure).suited_to(architecture)
+        config = replace(self.config, qad=bool(architecture.rounded)).suited_to(architecture)
         data = self.run.path("data")
         packs = load_pack(data / "train.npy"), load_pack(data / "calibration.npy")
         with self.reporter.bar(f"Healing {directory.name}", until) as (bar, task):

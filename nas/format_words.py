@@ -106,7 +106,6 @@ def _subblocks(layers: Iterable[str], shape: ModelShape | None = None) -> Iterat
 def _bits(counts: Mapping[AttentionSpec | FFNSpec, int], shape: ModelShape | None, name: str = "") -> float | None:
     """Per weight, over the matrices of subblocks by how often they are there."""
     from blocks.formats import FORMATS
-    from blocks.rounded import matrices_of
 
     if any(spec.precision not in FORMATS for spec in counts):
         return None
@@ -114,7 +113,7 @@ def _bits(counts: Mapping[AttentionSpec | FFNSpec, int], shape: ModelShape | Non
         return FORMATS[name].bits_per_weight(LARGE, LARGE)
     size = weights = 0
     for spec, count in counts.items():
-        for rows, columns in matrices_of(shape, spec):
+        for rows, columns in shape.matrices(spec):
             size += count * FORMATS[spec.precision].bytes(rows, columns)
             weights += count * rows * columns
     return 8 * size / weights if weights else None

@@ -72,7 +72,7 @@ def run_distill(
     weights = load_file(results[-1].best_path)
     write_child(run.path("healed"), parent.path, architecture, weights, weight_dtype)
     measured = {"healed": run.path("healed")}
-    if architecture != architecture.structure:
+    if architecture.rounded:
         measured |= {UNROUNDED.format(name): run.path(name) for name in ("child", "healed")}
     pack = load_pack(run.path("data") / "heldout.npy")
     heldout = measure(parent, measured, pack, device, reporter, unrounded=measured.keys() - {"healed"})

@@ -142,6 +142,10 @@ class PrecisionScoring:
         return ScoreFiles(self.run.path("scores"))
 
     @cached_property
+    def blocks(self) -> BlockLibrary:
+        return BlockLibrary(self.run.path("library"))
+
+    @cached_property
     def sweep(self) -> Sweep:
         return make_sweep(self.parent, self.device)
 
@@ -176,7 +180,7 @@ class PrecisionScoring:
         streams = StreamCheckpoints(sweep, self.text)
         layers = self.parent.shape.layers
         gradients = output_gradients(sweep, streams.take(len(layers)), config.label_samples, config.seed)
-        blocks = BlockLibrary(self.run.path("library"))
+        blocks = self.blocks
         with self.reporter.task("Scoring precisions", len(layers)) as advance:
             for index, weights in sweep.layers(reversed(layers)):
                 library = blocks.open(index, weights) if blocks.has(index) else LayerLibrary(weights)
@@ -244,7 +248,7 @@ class PrecisionScoring:
                     scores = [values.get((layer, str(part), name)) for layer in layers]
                     known = [score for score in scores if score is not None]
                     if len(known) == len(layers) and sum(known) > 0:
-                        factors[name, kind_of(part)] = self._true_kl(part, name) / sum(known)
+                        factors[name, kind_of(part)] = self._kl_in(part, name) / sum(known)
                 advance()
         return factors
 
@@ -253,15 +257,22 @@ class PrecisionScoring:
         """The parent's final hidden states on `text` [N, S, D]."""
         return self.sweep.run(self.text)
 
-    def _true_kl(self, part: Subblock, precision: str) -> float:
+    def _kl_in(self, part: Subblock, precision: str) -> float:
         """Of the parent with one kind of subblock in a format in every layer, nats per token."""
-        layers = [self.sweep.layer(index) for index in self.parent.shape.layers]
-        spec = self.parent.shape.parent_layer
         if precision in KV_DTYPES:
-            child = self.sweep.of(layers, KV_DTYPES[precision])
-        else:
-            child = self.sweep.of([round_layer(weights, in_precision(spec, part, precision)) for weights in layers])
-        return float(kl_to_parent(self.sweep, self.parent_hidden, [child.run(self.text)])[0].mean())
+            return self.true_kl(self.layers, KV_DTYPES[precision])
+        spec = in_precision(self.parent.shape.parent_layer, part, precision)
+        return self.true_kl([round_layer(weights, spec) for weights in self.layers])
+
+    @property
+    def layers(self) -> list[Weights]:
+        """The parent's, a new list."""
+        return [self.sweep.layer(index) for index in self.parent.shape.layers]
+
+    def true_kl(self, layers: Sequence[Weights], kv: torch.dtype | None = None) -> float:
+        """KL to the parent on `text` of a child with these layers and that KV cache, nats per token."""
+        hidden = self.sweep.of(layers, kv).run(self.text)
+        return float(kl_to_parent(self.sweep, self.parent_hidden, [hidden])[0].mean())
 
 
 def _kind(precision: str) -> str:

@@ -21,70 +21,34 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from blocks.errors import CheckpointError, InfeasibleBudgetError
 from blocks.files import remove_directory, save_json
 from blocks.library import BlockLibrary
 from blocks.parent import Parent
-from blocks.shape import ModelShape
 from blocks.spec import Architecture
 from distill.config import DistillConfig
-from nas.additive import Candidates
 from nas.assemble import Assembler
 from nas.baselines import BASELINES, baselines
-from nas.clock import Clock, load_clock
 from nas.config import SearchConfig, to_dict
-from nas.costs import CostModel, Scenario
+from nas.costs import Scenario
 from nas.data import load_pack, to_tokens
 from nas.engine import make_sweep
 from nas.finalists import ShortHeals, choose_finalists, short, variants
-from nas.limits import bounds_of, limits_told
+from nas.limits import limits_told
 from nas.measure import measure
 from nas.path import Rescoring, Step, around, walk
-from nas.precisions import (
-    KV_DTYPES,
-    PrecisionScoring,
-    load_precisions,
-    parse_precisions,
-    require_served,
-    to_score,
-    with_precisions,
-)
+from nas.precisions import KV_DTYPES, parse_precisions
 from nas.progress import Reporter
 from nas.run import Run, digest
 from nas.samplers import make_sampler
 from nas.score import build_again
+from nas.search_problem import choose_kv_dtype, load_candidates, score_precisions
 from nas.solve import Solution
 from nas.study import Ledger, architecture_of
-from nas.table import load_table
 from nas.trials import Trials, meets_limits, origin_of, pruner
 from nas.turns import turn
 
 FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune")
 """Settings that another search with the same ledger may change: they say what is measured, not what comes out."""
-
-
-def load_candidates(
-    run: Run, shape: ModelShape, config: SearchConfig, scenario: Scenario, budget: float | None = None
-) -> Candidates:
-    """The run's score table under the limits of a configuration (and a share of the parent instead of its budget).
-
-    Raises CheckpointError if it is of another parent, ConfigError for limits that contradict each other or lack a clock.
-    """
-    table, precisions = load_table(run.path("scores.csv")), None
-    if len(table) != shape.num_hidden_layers:
-        raise CheckpointError(
-            f"{run.path('scores.csv')} has {len(table)} layers, the parent {shape.num_hidden_layers}; run `nas score` again"
-        )
-    costs = CostModel(shape, scenario, load_search_clock(shape, config, scenario))
-    formats = parse_precisions(config.precisions)
-    if to_score(formats, [scenario.kv_dtype]):
-        precisions = load_precisions(run.path("precisions.csv"))
-        table = with_precisions(table, precisions, formats, costs)
-    return Candidates.of(table, costs, bounds_of(config.ranges_at(budget), costs), precisions)
-
-
-def load_search_clock(shape: ModelShape, config: SearchConfig, scenario: Scenario) -> Clock | None:
-    return None if config.clock is None else load_clock(config.clock, shape, scenario)
 
 
 def run_search(
@@ -107,42 +71,6 @@ def run_search(
         reporter.say(f"This search was done already: {run.path('architecture.json')}")
         return done
     return search.run_all()
-
-
-def score_precisions(
-    run: Run, parent: Parent, config: SearchConfig, scenario: Scenario, device: torch.device, reporter: Reporter
-) -> None:
-    """Scores those precisions of a search that have no scores yet. Raises ConfigError for one that the target cannot serve."""
-    formats = parse_precisions(config.precisions)
-    require_served(run.config.target, formats)
-    wanted = to_score(formats, scenario.kv_dtype.split(","))
-    if wanted:
-        PrecisionScoring(run, parent, device, reporter, config.precision_tokens).ensure(wanted)
-
-
-def choose_kv_dtype(
-    run: Run,
-    shape: ModelShape,
-    config: SearchConfig,
-    scenario: Scenario,
-    reporter: Reporter,
-    budget: float | None = None,
-) -> Scenario:
-    """The scenario with the one of its KV dtypes whose optimum has the least score. Raises InfeasibleBudgetError if none has one."""
-    choices = scenario.by_kv_dtype
-    if len(choices) == 1:
-        return choices[0]
-    found: list[tuple[float, Scenario]] = []
-    for choice in choices:
-        try:
-            found.append((load_candidates(run, shape, config, choice, budget).optimum().score, choice))
-        except InfeasibleBudgetError:
-            if choice is choices[-1] and not found:
-                raise
-    told = ", ".join(f"{choice.kv_dtype} {score:.4f}" for score, choice in found)
-    _, best = min(found, key=lambda pair: pair[0])
-    reporter.say(f"  KV cache in {best.kv_dtype} (predicted KL: {told})")
-    return best
 
 
 @dataclass

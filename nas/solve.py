@@ -190,6 +190,14 @@ def _solve(
     )
 
 
+def solve_with(problem: Problem, *limits: Limit, gap: float = GAP) -> Solution | None:
+    """The optimum under further limits; None if no choice meets them."""
+    try:
+        return solve(Problem(problem.scores, [*problem.limits, *limits]), gap=gap)
+    except InfeasibleBudgetError:
+        return None
+
+
 def solve_pool(problem: Problem, size: int, distance: int, gap: float = POOL_GAP) -> list[Solution]:
     """The optimum, then up to size - 1 near-optima, each at least `distance` groups from all before it, best first.
 

@@ -31,7 +31,7 @@ from nas.costs import CostModel, Scenario
 from nas.external import load_external
 from nas.limits import bounds_of
 from nas.run import open_run
-from nas.search import load_candidates
+from nas.search_problem import load_candidates
 from nas.show import _runs
 from nas.table_search import search_table
 

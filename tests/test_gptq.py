@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from torch import Tensor
 from blocks.errors import ConfigError, NasError
 from blocks.fit import Statistics
 from blocks.formats import FORMATS, Format, Integer, NvFloat4
-from blocks.gptq import gptq, gptq_codes, output_error
+from blocks.gptq import gptq_codes, output_error
 
 ALL = [*FORMATS.values(), Integer("int3", 3, group=64)]
 ids = [format.name for format in ALL]
 ROWS, COLUMNS = 24, 256
+
+
+def gptq(*arguments: Any, **options: Any) -> Tensor:
+    """What the codes stand for."""
+    return gptq_codes(*arguments, **options).weight
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ from tiny import LLAMA3_ROPE, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from blocks.calibrated import CalibratedWeights, gptq_layers, nearest_layers
+from blocks.calibrated import gptq_layers, nearest_layers
 from blocks.canonical import Form, canonical
 from blocks.checkpoint import load_child, write_child
 from blocks.child.layout import as_config, expected_tensors, read_architecture
@@ -34,7 +34,7 @@ from blocks.formats import FORMATS, Format, Integer
 from blocks.gptq import gptq_codes, output_error
 from blocks.layer import LayerMath, layer_forward, rms_norm
 from blocks.packing import PackedMatrix, pack_words, packed_sizes, quantization_config, unpack_words
-from blocks.rounded import round_layer, subblock_bytes
+from blocks.rounded import RoundedWeights, round_layer, subblock_bytes
 from blocks.shape import ModelShape
 from blocks.spec import Architecture, LayerSpec
 from blocks.weights import WeightStore
@@ -391,7 +391,7 @@ def test_layers_come_out_of_a_sweep_as_they_are_served(tiny_sweep: Callable[...,
     architecture = Architecture.from_list(["attention:kv2@nvfp4+ffn:512@fp8", *["attention:kv2+ffn:512@int4"] * 3])
     tokens, seen = torch.from_numpy(text().astype("int64")), []
     made = list(gptq_layers(sweep, architecture, tokens, on_layer=seen.append))
-    assert seen == [0, 1, 2, 3] and all(isinstance(layer.weights, CalibratedWeights) for layer in made)
+    assert seen == [0, 1, 2, 3] and all(isinstance(layer.weights, RoundedWeights) for layer in made)
     stream, math = sweep.embed(tokens[:1], torch.float32), sweep.math(48)
     for layer in made:
         stream = layer_forward(layer.weights, stream, math)

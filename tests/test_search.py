@@ -27,7 +27,7 @@ from nas.config import SearchConfig
 from nas.costs import CostModel, Scenario
 from nas.limits import Bound
 from nas.run import open_run
-from nas.search import load_candidates
+from nas.search_problem import load_candidates
 from nas.study import Ledger
 from nas.table import ScoreRow
 from search_spaces import load_space

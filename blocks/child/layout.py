@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from blocks.errors import CheckpointError
 from blocks.families import CHILD_TYPE, family_of, read_sizes
 from blocks.shape import ModelShape, as_built, ffn_mult
-from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -140,7 +140,7 @@ def child_config(
         marquetry_format=FORMAT_OF_BF16,
     )
     config.auto_map = dict(AUTO_MAP)
-    if built.precisions not in ([], [BF16]):
+    if built.rounded:
         config.marquetry_format = FORMAT
         config.marquetry_precisions = [[layer.attention.precision, layer.ffn.precision] for layer in built]
     return config
@@ -203,6 +203,11 @@ def read_architecture(source: Path | str | Mapping[str, Any]) -> tuple[ModelShap
     layers = range(config.num_hidden_layers)
     architecture = Architecture(tuple(_layer_spec(config, layer) for layer in layers))
     return shape_of(config), architecture
+
+
+def is_packed(content: Mapping[str, Any]) -> bool:
+    """Whether a child's config.json speaks of packed weights."""
+    return bool(content.get("quantization_config"))
 
 
 def read_config(path: Path) -> Mapping[str, Any]:

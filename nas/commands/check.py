@@ -54,7 +54,7 @@ def check(
         )
         print_verdicts(asked)
         if any(v["status"] == "ok with" for v in asked.values()):
-            rounds = opened.architecture != opened.architecture.structure
+            rounds = opened.architecture.rounded
             but = "; packing rounds weights as the architecture says, nothing else changes a logit"
             typer.echo(
                 f"`ok with`: nas export {child} --to ENGINE does it" + (but if rounds else ", without changing a logit")

@@ -142,4 +142,4 @@ def _has_precisions(run: Path) -> bool:
 
     file = run / "architecture.json"
     child = Architecture.load(file) if file.is_file() else None
-    return child is not None and child != child.structure
+    return child is not None and bool(child.rounded)

@@ -151,11 +151,11 @@ def score(
     if not ranks.main:
         return
     if precisions is not None:
-        from nas.additivity import score_precisions
+        from nas.additivity import score_and_check
         from nas.config import SearchConfig
 
         tokens = build(SearchConfig, sections, {"budget": 1.0, "precisions": precisions}, place.type).precision_tokens
-        told = score_precisions(opened_run, opened, place, reporter(as_json), precisions, tokens, verify_additivity)
+        told = score_and_check(opened_run, opened, place, reporter(as_json), precisions, tokens, verify_additivity)
         summary = {**summary, "precisions": told}
     elif verify_additivity:
         raise ConfigError("--verify-additivity compares precisions; add --precisions fp8,nvfp4")

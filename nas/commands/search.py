@@ -133,7 +133,8 @@ def search(
         run = DEFAULT_RUN.with_name(scores.stem) if run == DEFAULT_RUN else run
         return show_search(run_table_search(scores, config, scenario, run, dry_run), run, as_json, dry_run)
 
-    from nas.search import load_candidates, run_search
+    from nas.search import run_search
+    from nas.search_problem import load_candidates
 
     opened_run, parent = open_run_and_parent(run)
     if dry_run:
