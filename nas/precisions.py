@@ -1,6 +1,7 @@
 """Scores of precision: what it hurts to hold one subblock in another number format, structure aside.
 
     run/scores/precision-nvfp4_007.json     per sequence, made in one pass as the scores of structure are (nas/scoring.py)
+    run/scores/kl-attention-nvfp4.json      true KL of the parent with all its attentions in the format
     run/precisions.csv                      in nats per token, one row for each layer, candidate and format
 
 A candidate with a precision scores what its structure scores plus what its format does: one measurement for each structure
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from blocks.engines import ENGINES
 from blocks.errors import CheckpointError, ConfigError
-from blocks.files import save_text
+from blocks.files import save_json, save_text
 from blocks.formats import format_named
 from blocks.layer import LayerMath, Weights, layer_forward
 from blocks.library import BlockLibrary, LayerLibrary
@@ -103,6 +104,11 @@ def load_precisions(path: Path) -> PrecisionScores:
     return PrecisionScores(rows)
 
 
+def known_precisions(path: Path) -> set[str]:
+    """Those that the table has scores of; none if it is not there. Raises CheckpointError if it is damaged."""
+    return {precision for _, _, precision in load_precisions(path).values} if path.exists() else set()
+
+
 def with_precisions(
     table: Sequence[Sequence[ScoreRow]], scores: PrecisionScores, formats: Sequence[str], costs: CostModel
 ) -> list[list[ScoreRow]]:
@@ -165,14 +171,10 @@ class PrecisionScoring:
         missing = [name for name in precisions if not all(self.files.has(_kind(name), layer) for layer in layers)]
         if missing:
             self._one_pass(missing)
-        known = self._known()
+        known = known_precisions(path)
         if missing or not path.exists() or not known.issuperset(precisions):
             self._write(path, sorted(known.union(precisions)))
         return load_precisions(path)
-
-    def _known(self) -> set[str]:
-        path = self.run.path("precisions.csv")
-        return {precision for _, _, precision in load_precisions(path).values} if path.exists() else set()
 
     def _one_pass(self, precisions: Sequence[str]) -> None:
         config = self.run.config.score
@@ -258,7 +260,15 @@ class PrecisionScoring:
         return self.sweep.run(self.text)
 
     def _kl_in(self, part: Subblock, precision: str) -> float:
-        """Of the parent with one kind of subblock in a format in every layer, nats per token."""
+        """Of the parent with one kind of subblock in a format in every layer, nats per token. Measured once on the same text."""
+        file, tokens = f"scores/kl-{kind_of(part)}-{precision}.json", self.text.numel()
+        known = self.run.read_if(file)
+        if known is None or known["tokens"] != tokens:
+            known = {"tokens": tokens, "kl": self._measured_kl_in(part, precision)}
+            save_json(self.run.path(file), known)
+        return float(known["kl"])
+
+    def _measured_kl_in(self, part: Subblock, precision: str) -> float:
         if precision in KV_DTYPES:
             return self.true_kl(self.layers, KV_DTYPES[precision])
         spec = in_precision(self.parent.shape.parent_layer, part, precision)

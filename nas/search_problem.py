@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from blocks.errors import CheckpointError, InfeasibleBudgetError
@@ -14,6 +16,7 @@ from nas.costs import CostModel, Scenario
 from nas.limits import bounds_of
 from nas.precisions import (
     PrecisionScoring,
+    known_precisions,
     load_precisions,
     parse_precisions,
     require_served,
@@ -58,6 +61,16 @@ def score_precisions(
     wanted = to_score(formats, scenario.kv_dtype.split(","))
     if wanted:
         PrecisionScoring(run, parent, device, reporter, config.precision_tokens).ensure(wanted)
+
+
+def with_scored_kv_dtypes(run: Run, scenario: Scenario) -> Scenario:
+    """The scenario without those of its KV dtypes that `score_precisions` has yet to score; as it is if that leaves none."""
+    dtypes = scenario.kv_dtype.split(",")
+    if len(dtypes) == 1:
+        return scenario
+    known = known_precisions(run.path("precisions.csv"))
+    scored = [dtype for dtype in dtypes if known.issuperset(to_score((), [dtype]))]
+    return replace(scenario, kv_dtype=",".join(scored)) if scored else scenario
 
 
 def choose_kv_dtype(

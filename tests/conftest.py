@@ -19,7 +19,7 @@ from blocks.sweep import Sweep
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("repeatable")
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # sums are bit-equal only for equal numbers of threads
 
 
 @pytest.fixture(scope="session")

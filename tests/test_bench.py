@@ -273,7 +273,6 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def measured(out: Path, scenario: Scenario, effort: Effort, share: float = 0.5, shape: ModelShape = SHAPE) -> Profile:
-    torch.set_num_threads(1)
     space = load_space("default", "transformers")
     child = made_child(space, shape, scenario, share)
     specs = candidates(space, shape, [child])

@@ -39,7 +39,6 @@ MIXED = Architecture.from_list(
 
 @pytest.fixture(scope="module")
 def parent_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     return tiny_llama(tmp_path_factory.mktemp("parent"))
 
 

@@ -40,11 +40,6 @@ MIXED = DeciLMConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def mixed_child(implementation: str = "sdpa", **fields: object) -> DeciLMForCausalLM:
     """A random child with every kind of subblock; its first two layers have no attention."""
     torch.manual_seed(1)

@@ -1,7 +1,7 @@
 """Packed children: the bytes of compressed-tensors, what config.json says, the same logits wherever they are loaded, bytes on disk.
 
-The package compressed-tensors is no dependency. Where it can be imported it is the oracle; everywhere, the digests are that were
-made with it (0.20.0): `PYTHONPATH=.:DIRECTORY python tests/test_packing.py` prints them.
+The package compressed-tensors is the oracle. The digests were made with it (0.20.0), so that a later version that writes
+otherwise is told from a change of ours: `python tests/test_packing.py` prints them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 import torch
 from app import Result, nas, succeed
 from safetensors.torch import load_file, save_file
-from test_precision import needs_package, tensors, theirs
+from test_precision import tensors, theirs
 from tiny import LLAMA3_ROPE, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -154,7 +154,6 @@ def test_every_byte_is_the_stored_one(name: str) -> None:
     assert of_all(lambda weight: packed_by_us(FORMATS[name], weight)) == DIGESTS[name]
 
 
-@needs_package
 @pytest.mark.parametrize("format", [*(FORMATS[name] for name in PACKED), INT3], ids=lambda format: format.name)
 def test_every_byte_is_that_of_the_package(format: Format) -> None:
     more = {f"random {seed}": torch.randn(7, 384, generator=torch.Generator().manual_seed(seed)) for seed in range(3)}
@@ -239,7 +238,6 @@ def test_one_form_is_named_at_the_top_and_nothing_is_said_of_bf16() -> None:
         assert len(config["config_groups"]) == 1 + (second != "bf16")
 
 
-@needs_package
 def test_the_package_reads_the_same_schemes() -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -278,7 +276,6 @@ def test_a_packed_child_computes_what_its_fake_quantized_master_does(
     assert read_architecture(exported(layers))[1] == Architecture.from_list(layers)
 
 
-@needs_package
 @pytest.mark.parametrize("options", [(), ("--quantizer", "gptq")], ids=["nearest", "gptq"])
 @pytest.mark.parametrize("layers", [*(layers_in(name, name) for name in PACKED), MIXED], ids=[*PACKED, "mixed"])
 def test_transformers_and_the_package_give_the_same_logits(

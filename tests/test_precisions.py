@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from app import World, nas, succeed
+from app import World, nas, stamps, succeed
 from tables import row
 
 from blocks.errors import CheckpointError, ConfigError
 from blocks.formats import format_named
 from blocks.layer import layer_forward
+from blocks.parent import open_parent
 from blocks.refit import refit_sweep
 from blocks.rounded import RoundedWeights, round_layer, shared_matrices, subblock_bytes
 from blocks.shape import ModelShape
@@ -29,12 +30,15 @@ from nas.limits import Bound
 from nas.precisions import (
     KV8,
     PrecisionScores,
+    PrecisionScoring,
     load_precisions,
     parse_precisions,
     require_served,
     to_score,
     with_precisions,
 )
+from nas.progress import Reporter
+from nas.run import open_run
 
 SHAPE = ModelShape(64, 512, 2, 4, 2, 16, 256)
 PARENT = LayerSpec.parse("attention:kv2+ffn:512")
@@ -261,6 +265,29 @@ def test_the_child_of_a_search_knows_its_precisions_and_is_measured_with_them(
     assert found["heldout"]["child"]["kl"] > 0
 
 
+def test_a_dry_run_chooses_the_kv_dtype_that_the_search_would(searched: tuple[Path, dict[str, Any]]) -> None:
+    run, found = searched
+    before = stamps(run)
+    words = ("search", "--run", run, "--budget", "0.4", *SEARCH, "--dry-run", "--kv-dtype")
+    plan = succeed(*words, "bf16,fp8", "--json").json
+    assert plan["scenario"]["kv_dtype"] == found["scenario"]["kv_dtype"] == "float8"
+    assert plan["additive_optimum"] == found["optimum"]["score"]
+    assert plan["additive_optimum"] == min(
+        succeed(*words, dtype, "--json").json["additive_optimum"] for dtype in ("bf16", "fp8")
+    )
+    assert "KV cache in float8 (predicted KL: bfloat16 " in succeed(*words, "bf16,fp8").err
+    assert "KV cache in bfloat16 " in succeed(*words, "bf16,fp8", "--budget", "1").err
+    assert stamps(run) == before
+
+
+def test_a_dry_run_plans_with_the_kv_dtypes_that_have_scores_and_says_so(world: World) -> None:
+    words = ("search", "--run", world.runs / "scored", "--budget", "0.6", *LIMITS, "--dry-run", "--json", "--kv-dtype")
+    plan = succeed(*words, "fp8,bf16")
+    assert "planned with a KV cache in bfloat16 alone, of float8,bfloat16" in plan.err
+    assert plan.json == succeed(*words, "bf16").json
+    assert "precisions.csv is not there" in nas(*words, "fp8").err
+
+
 def test_scores_of_precisions_are_made_once_and_only_those_that_are_missing(
     searched: tuple[Path, dict[str, Any]], world: World, tmp_path: Path
 ) -> None:
@@ -285,6 +312,39 @@ def test_scores_of_precisions_are_made_once_and_only_those_that_are_missing(
     later = {path: path.stat().st_mtime_ns for path in (run / "scores").glob("precision-*")}
     assert times.items() <= later.items()
     assert {path.name.split("_")[0] for path in later.keys() - times.keys()} == {"precision-int8"}
+
+
+def test_true_kls_of_the_parent_are_measured_once_on_a_text(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.copy("scored", tmp_path / "run")
+    table, measured, true_kl = run / "precisions.csv", [], PrecisionScoring.true_kl
+
+    def counted(*arguments: Any) -> float:
+        measured.append(arguments)
+        return true_kl(*arguments)
+
+    monkeypatch.setattr(PrecisionScoring, "true_kl", counted)
+
+    def written(*precisions: str, tokens: int = 256) -> tuple[str, int]:
+        """precisions.csv, and how many true KLs it took."""
+        measured.clear()
+        parent, device = open_parent(str(world.parent)), torch.device("cpu")
+        PrecisionScoring(open_run(run), parent, device, Reporter(quiet=True), tokens).ensure(precisions)
+        return table.read_text(), len(measured)
+
+    assert written("fp8", KV8)[1] == 3  # of attentions and FFNs in fp8, of caches in float8
+    both, count = written("fp8", "int8")
+    assert count == 2
+    table.unlink()
+    assert written("fp8", "int8", KV8) == (both, 0)
+    for path in (run / "scores").glob("kl-*"):  # as runs were before these files
+        path.unlink()
+    table.unlink()
+    assert written("fp8", "int8", KV8) == (both, 5)
+    table.unlink()
+    other, count = written("fp8", "int8", KV8, tokens=512)
+    assert count == 5 and other != both
 
 
 def test_table_scores_are_near_true_kls_and_sums_near_joint_ones(world: World, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,7 @@ from distill.memory import healing_memory
 from distill.progress import HealResult
 from distill.stages import Stage, frozen_copy, heal_in_stages, stage_names
 from distill.trainer import heal
-from nas.config import QAD as QAD_DEFAULTS
-from nas.config import build_stages
+from nas.config import build_stages, qad_rate
 from nas.data import load_pack
 from nas.measure import measure
 from nas.progress import Reporter
@@ -54,14 +52,6 @@ MIXED = Architecture.from_list(
     ]
 )
 TOKENS = torch.randint(256, (3, 19), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -422,8 +412,10 @@ def test_a_child_with_precisions_gets_two_stages_unless_told() -> None:
         return [(each.qad, each.loss, each.tokens, each.learning_rate, each.optimizer, each.teacher) for each in stages]
 
     master = (False, "kl", 7_500_000, 1e-3, "muon", "parent")
-    served = (True, "kl", 2_500_000, QAD_DEFAULTS["learning_rate"], "adamw", "parent")
+    served = (True, "kl", 2_500_000, 1e-5, "adamw", "parent")
     assert steps({}, {}) == [master, served]
+    assert steps({}, {}, width=16_384) == [master, (*served[:3], 2.5e-6, *served[4:])]
+    assert steps({}, {"qad": True}, width=576)[0][3] == qad_rate(576) == pytest.approx(7.1e-5, rel=0.01)
     assert len(build_stages({}, {}, "cuda")) == 1
     flags = {"tokens": 1000, "learning_rate": 0.1, "loss": "jsd", "teacher": "healed"}
     assert steps({"optimizer": "adamw"}, flags, qad_tokens=100, qad_learning_rate=1e-6) == [

@@ -15,7 +15,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-import torch
 from app import HEALING, World, nas, succeed
 from healing_run import CONFIG, packs, tiny_pair
 from safetensors.torch import load_file
@@ -35,14 +34,6 @@ from nas.documents import load_documents
 STEP = CONFIG.step_tokens
 KL, CE = replace(CONFIG, tokens=6 * STEP), replace(CONFIG, loss="ce", tokens=4 * STEP, sequence_length=8)
 BLD = replace(CONFIG, loss="bld", tokens=4 * STEP)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

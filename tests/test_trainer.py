@@ -34,15 +34,6 @@ KILLS = ("step:2", "step:7", "sync:7", "sync:19", "rename:3", "rename:4")
 ON_RANKS = ("ranks:2", "sharded:2", "muon:2", "lost:7", "fewer:7")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums are bit-equal only for equal numbers of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(out_dir: Path, config: DistillConfig = CONFIG, **options: Any) -> HealResult:
     return heal(config, *tiny_pair(), *packs(), out_dir, **options)
 
@@ -71,7 +62,6 @@ def assert_same_end(out_dir: Path, reference: Path) -> None:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
-    torch.set_num_threads(1)
     out_dir = tmp_path_factory.mktemp("reference")
     run(out_dir)
     return out_dir

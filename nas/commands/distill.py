@@ -67,7 +67,9 @@ def distill(
     qad_tokens: Annotated[
         int | None, typer.Option(help="Of the tokens, those of the stage that trains it as it is served; a quarter.")
     ] = None,
-    qad_learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of that stage; 1e-5.")] = None,
+    qad_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of that stage; 1e-5 at width 4,096, inversely with it.")
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="Of that stage: parent, or healed (the weights that it starts from, as they are)."),
@@ -108,11 +110,13 @@ def distill(
     ranks, place = join(pick_device(device))
     flags = settings_of(DistillConfig, arguments, device="cpu" if place.type == "cpu" else None)
     own: dict[str, Any] = {"qad_tokens": qad_tokens, "qad_learning_rate": qad_learning_rate}
-    stages = build_stages(load_recipe(recipe), flags, place.type, rounded=_has_precisions(run), **own)
+    sections = load_recipe(recipe)
+    opened_run, parent = open_run_and_parent(run)
+    own |= {"width": parent.shape.hidden_size, "rounded": _has_precisions(run)}
+    stages = build_stages(sections, flags, place.type, **own)
 
     from nas.heal import forget_healing, run_distill
 
-    opened_run, parent = open_run_and_parent(run)
     if dry_run:
         from blocks.spec import Architecture
         from nas.plan import plan_distill

@@ -134,13 +134,18 @@ def search(
         return show_search(run_table_search(scores, config, scenario, run, dry_run), run, as_json, dry_run)
 
     from nas.search import run_search
-    from nas.search_problem import load_candidates
+    from nas.search_problem import choose_kv_dtype, load_candidates, with_scored_kv_dtypes
 
     opened_run, parent = open_run_and_parent(run)
     if dry_run:
         from nas.plan import plan_search
 
         share = config.shares[-1] if config.sweep else None
+        scored = with_scored_kv_dtypes(opened_run, scenario)
+        if scored != scenario:
+            dtypes = f"KV cache in {scored.kv_dtype} alone, of {scenario.kv_dtype}"
+            typer.echo(f"  planned with a {dtypes}: the search has yet to score the rest", err=True)
+        scenario = choose_kv_dtype(opened_run, parent.shape, config, scored, reporter(as_json), share)
         candidates = load_candidates(opened_run, parent.shape, config, scenario, share)
         return emit(plan_search(config, scenario, parent.shape, candidates), as_json)
     healing = build(DistillConfig, sections, {"device": "cpu" if place.type == "cpu" else None}, place.type)
