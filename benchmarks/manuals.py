@@ -3,7 +3,7 @@
     apt-get download python3.11-doc debian-handbook linux-doc-6.1 postgresql-doc-15
     python benchmarks/manuals.py runs/manuals *.deb        # one page a row: sources (.rst) where there are any, else HTML
 
-About 20 million tokens of SmolLM2's.
+About 11 million tokens of SmolLM2's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Precision as one more choice: the tables of docs/benchmarks.md on number formats (SmolLM2-135M).
 
-    python benchmarks/precision.py --data runs/manuals --work runs/precision                all parts, on this GPU
+    python benchmarks/precision.py --data runs/manuals --other-data runs/general            all parts, on this GPU
     python benchmarks/precision.py --small                                                  a check of this script, on the CPU
 
 The weights of the embedded parent come out of a 4-bit file and lie on its grid, which flatters int4. So the first part trains the
-parent on plain text until they are off it, and all other parts take that one. Parts (--parts chooses; what is done is kept in --work):
+parent on other text until they are off it, and all other parts take that one; their own text, --data, it was not trained on. Parts
+(--parts chooses; what is done is kept in --work):
 
     parent       trained off the grid; KL of the parent in each format before and after, to itself
     additivity   structure + precision against joint true KLs of single layers
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -57,7 +59,13 @@ from nas.search_problem import choose_kv_dtype, score_precisions
 
 SEARCHED = "bf16,fp8,int8,nvfp4,nvfp4a16,int4-g32"
 ROUNDED = ("fp8", "int8", "nvfp4", "nvfp4a16", "int4-g32", "int3")
-LEARNED = ("nvfp4", "int4-g32", "int3")
+LEARNED: dict[str, tuple[float, ...]] = {
+    "fp8": (1e-5,),
+    "nvfp4": (1e-5, 1e-4),
+    "int4-g32": (1e-5, 1e-4),
+    "int3": (1e-5, 1e-4),
+}
+"""Peak learning rates of quantization-aware distillation by format."""
 BUDGETS = (0.7, 0.5, 0.35, 0.25)
 KV_DTYPES = "bfloat16,float8"
 PARTS = ("parent", "additivity", "budgets", "gptq", "qad", "healed")
@@ -82,21 +90,23 @@ SMALL_SEARCH = {
     "trials": 8,
     "precision_tokens": 256,
 }
-OFF_GRID = 8_000_000
-LEARNING = 4_000_000
+OFF_GRID = 4_000_000
+LEARNING = 3_000_000
 HEALED = (0.5, 0.35)
 HEALING = 9_400_000
 WAYS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
     "structure only": ("structure only", ({},)),
-    "joint, then rounded": (
+    "joint, 1/4 rounded (AdamW 1e-5)": (
         "joint",
         ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-5}),
     ),
-    "joint, then rounded, 1e-4": (
+    "joint, 1/4 rounded (AdamW 1e-4)": (
         "joint",
         ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-4}),
     ),
     "joint, rounded throughout": ("joint", ({"qad": True},)),
+    "joint, 1/2 rounded (Muon 5e-4)": ("joint", ({"share": 0.5}, {"share": 0.5, "qad": True, "learning_rate": 5e-4})),
+    "joint, rounded throughout (2e-3)": ("joint", ({"qad": True, "learning_rate": 2e-3},)),
 }
 """Which child, and its stages."""
 
@@ -116,11 +126,12 @@ class Bench:
         directory = self.work / "parent"
         if not (directory / "config.json").exists():
             start = open_parent(self.chosen.parent)
-            data = DataConfig(self.chosen.data, **(SMALL_SIZES if self.small else SIZES))
-            prepare_data(data, start.tokenizer(), start.shape.vocab_size, self.work / "text")
+            for source, name in ((self.chosen.data, "text"), (self.chosen.other_data, "other-text")):
+                data = DataConfig(source, **(SMALL_SIZES if self.small else SIZES))
+                prepare_data(data, start.tokenizer(), start.shape.vocab_size, self.work / name)
             model = load_parent_model(start, self.device)
             student = copy.deepcopy(model).requires_grad_(True)
-            packs = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
+            packs = (load_pack(self.work / "other-text" / f"{part}.npy") for part in ("train", "heldout"))
             settings = self.training(OFF_GRID) | {"loss": "ce", "learning_rate": 2e-4, "optimizer": "adamw"}
             result = heal(DistillConfig(**settings), model, student, *packs, self.work / "off-grid")
             tell(
@@ -265,19 +276,21 @@ class Bench:
         parent, found = self.parent(), {}
         teacher = load_parent_model(parent, self.device)
         packs = [load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout")]
-        for name in LEARNED[: 1 if self.small else None]:
+        cases = [(name, rate) for name, rates in LEARNED.items() for rate in rates]
+        for name, rate in cases[: 1 if self.small else None]:
             for loss in ("kl", "ce"):
                 student = copy.deepcopy(teacher).requires_grad_(True)
                 round_model(student, parent.shape.parent_architecture.at(name))
                 settings = self.training(LEARNING) | {
                     "loss": loss,
                     "qad": True,
-                    "learning_rate": 1e-5,
+                    "learning_rate": rate,
                     "optimizer": "adamw",
                 }
-                result = heal(DistillConfig(**settings), teacher, student, *packs, self.work / f"qad-{name}-{loss}")
+                work = self.work / f"qad-{name}-{rate}-{loss}"
+                result = heal(DistillConfig(**settings), teacher, student, *packs, work)
                 after = result.after
-                found[f"{name} {loss}"] = {
+                found[f"{name} {loss} {rate}"] = {
                     "rounded": result.before.kl,
                     "learned": after.kl,
                     "ce_before": result.before.student_ce,
@@ -285,7 +298,7 @@ class Bench:
                     "tokens": result.tokens,
                     "tokens_per_s": result.tokens_per_s,
                 }
-                print(name, loss, found[f"{name} {loss}"], flush=True)
+                print(name, loss, rate, found[f"{name} {loss} {rate}"], flush=True)
         return found
 
     def healed_part(self) -> list[dict[str, Any]]:
@@ -293,9 +306,9 @@ class Bench:
         parent, rows = self.parent(), []
         teacher = load_parent_model(parent, self.device)
         train, heldout = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
-        for share in BUDGETS[:1] if self.small else HEALED:
+        for share in BUDGETS[:1] if self.small else [each for each in HEALED if each in self.chosen.budgets]:
             for name, (child, stages) in WAYS.items():
-                file = self.work / f"healed-{share}-{name}.json"
+                file = self.work / f"healed-{share}-{slug(name)}.json"
                 if not file.exists():
                     directory = self.work / "children" / f"{child}-{share}"
                     _, architecture = read_architecture(directory)
@@ -305,7 +318,7 @@ class Bench:
                         return teacher, round_model(student, through=torch.bfloat16) if config.qad else student
 
                     configs = [self.stage(architecture, **settings) for settings in stages]
-                    work = self.work / f"heal-{share}-{name}"
+                    work = self.work / f"heal-{share}-{slug(name)}"
                     results = heal_in_stages([Stage(config, train) for config in configs], load, heldout, work)
                     row = {"budget": share, "name": name, "tokens": sum(r.tokens for r in results)}
                     row |= {"before": results[0].before.kl, "stages": [r.after.kl for r in results]}
@@ -323,6 +336,11 @@ def shares(architecture: Architecture) -> dict[str, int]:
     """Subblocks by precision."""
     parts = [part for layer in architecture for part in (layer.attention, layer.ffn) if part.kind != "skip"]
     return {name: sum(part.precision == name for part in parts) for name in architecture.precisions}
+
+
+def slug(name: str) -> str:
+    """A name for files."""
+    return re.sub(r"[^a-z0-9.-]+", "-", name.lower())
 
 
 def tell(path: Path, content: Any) -> None:
@@ -361,8 +379,8 @@ def tables(found: dict[str, Any]) -> None:
             )
     if qad := found.get("qad"):
         print(
-            "\n| format | loss | KL rounded | KL learned | ratio | CE before | CE after | tokens | tokens/s |\n|"
-            + "---|" * 9
+            "\n| format | loss | rate | KL rounded | KL learned | ratio | CE before | CE after | tokens | tokens/s |\n|"
+            + "---|" * 10
         )
         for name, of in qad.items():
             print(
@@ -386,6 +404,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--parent", default="smollm2")
     arguments.add_argument("--data", default="python-docs")
+    arguments.add_argument(
+        "--other-data", default="python-docs", help="trains the parent off its grid; not the text of --data"
+    )
     arguments.add_argument("--work", type=Path, default=Path("runs/precision"))
     arguments.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     arguments.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
