@@ -10,7 +10,7 @@ parent on other text until they are off it, and all other parts take that one; t
     parent       trained off the grid; KL of the parent in each format before and after, to itself
     additivity   structure + precision against joint true KLs of single layers
     budgets      held-out KL at shares of the parent's bf16 weights + KV: structure only, best uniform format on the parent, best
-                 structure in a uniform format, joint
+                 structure in a uniform format, joint; rounded to nearest, and by GPTQ
     gptq         round to nearest against GPTQ, whole parent, each format, calibrated on the fitting text
     qad          quantization-aware distillation of the whole parent: by KL and by cross-entropy, against rounding alone
     healed       children of `budgets`, healed on the same tokens: structure only; joint, in bf16 and then rounded, or rounded throughout
@@ -107,6 +107,11 @@ WAYS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
     "joint, rounded throughout": ("joint", ({"qad": True},)),
     "joint, 1/2 rounded (Muon 5e-4)": ("joint", ({"share": 0.5}, {"share": 0.5, "qad": True, "learning_rate": 5e-4})),
     "joint, rounded throughout (2e-3)": ("joint", ({"qad": True, "learning_rate": 2e-3},)),
+    "joint by GPTQ, 1/4 rounded (AdamW 1e-4)": (
+        "joint, GPTQ",
+        ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-4}),
+    ),
+    "joint by GPTQ, rounded throughout": ("joint, GPTQ", ({"qad": True},)),
 }
 """Which child, and its stages."""
 
@@ -236,15 +241,21 @@ class Bench:
         return search, time.perf_counter() - started
 
     def row(self, name: str, search: Search, architecture: Architecture, share: float, took: float) -> dict[str, Any]:
-        assembler: Assembler = replace(search.assembler, verify_tokens=self.text("heldout"), _hidden=None)
-        child: Child = assembler.assemble(architecture)
-        if name in ("structure only", "joint"):
-            assembler.write(child, self.work / "children" / f"{name}-{share}", "bfloat16")
+        heldout = self.text("heldout")
+        assembler: Assembler = replace(search.assembler, verify_tokens=heldout, stored=torch.bfloat16, _hidden=None)
+        kls = {}
+        for way in ("nearest", "gptq") if architecture.rounded else ("nearest",):
+            child: Child = assembler.assemble(architecture, final=way == "gptq")
+            kls[way] = float(assembler.true_kl(child).mean())
+            if name in ("structure only", "joint"):
+                called = name if way == "nearest" else f"{name}, GPTQ"
+                assembler.write(child, self.work / "children" / f"{slug(called)}-{share}", "bfloat16")
         cost = search.candidates.costs.cost(architecture)
         row = {
             "budget": share,
             "name": name,
-            "kl": float(assembler.true_kl(child).mean()),
+            "kl": kls["nearest"],
+            "gptq": kls.get("gptq"),
             "gb": cost.gb,
             "kv_dtype": search.scenario.kv_dtype,
             "precisions": shares(architecture),
@@ -310,7 +321,7 @@ class Bench:
             for name, (child, stages) in WAYS.items():
                 file = self.work / f"healed-{share}-{slug(name)}.json"
                 if not file.exists():
-                    directory = self.work / "children" / f"{child}-{share}"
+                    directory = self.work / "children" / f"{slug(child)}-{share}"
                     _, architecture = read_architecture(directory)
 
                     def load(config: DistillConfig, directory: Path = directory) -> tuple[Any, Any]:
@@ -361,13 +372,14 @@ def tables(found: dict[str, Any]) -> None:
                 print(f"| {name} | " + " | ".join(f"{value:.2%}" for value in errors.values()) + " |")
     if budgets := found.get("budgets"):
         print(
-            "\n| budget | child | held-out KL | GB | KV cache | subblocks by format | attentions skipped | search s |\n|"
-            + "---|" * 8
+            "\n| budget | child | held-out KL | by GPTQ | GB | KV cache | subblocks by format | attentions skipped | search s |\n|"
+            + "---|" * 9
         )
         for row in budgets:
             formats = ", ".join(f"{count} {name}" for name, count in row["precisions"].items())
+            by_gptq = "" if row["gptq"] is None else f"{row['gptq']:.4f}"
             print(
-                f"| {row['budget']} | {row['name']} | {row['kl']:.4f} | {row['gb']:.4f} | {row['kv_dtype']} | {formats} "
+                f"| {row['budget']} | {row['name']} | {row['kl']:.4f} | {by_gptq} | {row['gb']:.4f} | {row['kv_dtype']} | {formats} "
                 f"| {row['skipped']} | {row['seconds'] or ''} |"
             )
     if gptq := found.get("gptq"):

@@ -38,8 +38,6 @@ from blocks.rounded import RoundedWeights, precision_of, shared_matrices
 from blocks.spec import BF16, Architecture, LayerSpec
 from blocks.sweep import Sweep
 
-QUANTIZERS = ("nearest", "gptq")
-
 
 @dataclass(frozen=True)
 class CalibratedLayer:

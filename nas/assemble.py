@@ -51,6 +51,7 @@ class Assembler:
         pseudo_tokens: of the refit sweep; None for no refit.
         build: puts candidates that a child needs into the library, where it does not hold all.
         kv: dtype of the children's KV cache; None is that of the computation.
+        stored: dtype in which children are written, if GPTQ chooses the weights of those; None: all are rounded to nearest.
     """
 
     sweep: Sweep
@@ -61,6 +62,7 @@ class Assembler:
     reporter: Reporter
     build: Callable[[Architecture], None] | None = None
     kv: torch.dtype | None = None
+    stored: torch.dtype | None = None
     _hidden: Tensor | None = None
     _opened: dict[int, LayerLibrary] = field(default_factory=dict, repr=False)
 
@@ -80,8 +82,10 @@ class Assembler:
             self._opened[index] = library
         return library
 
-    def assemble(self, architecture: Architecture, description: str = "", refit: bool = True) -> Child:
-        """Takes each layer from the library and, unless switched off, runs the refit sweep."""
+    def assemble(
+        self, architecture: Architecture, description: str = "", refit: bool = True, final: bool = False
+    ) -> Child:
+        """Takes each layer from the library and, unless switched off, runs the refit sweep; by GPTQ, if so told, of a final child."""
         structure = architecture.structure
         if self.build is not None:
             self.build(structure)
@@ -96,7 +100,8 @@ class Assembler:
         with self.reporter.task(f"Refitting {description}", len(layers)) if description else nullcontext() as advance:
             told = (lambda _: advance()) if advance is not None else None
             text, hold = self.fit_tokens, self.pseudo_tokens
-            refitted = refit_sweep(self.sweep, layers, changed, text, hold, told, architecture.layers, self.kv)
+            stored = self.stored if final else None
+            refitted = refit_sweep(self.sweep, layers, changed, text, hold, told, architecture.layers, self.kv, stored)
         return Child(architecture, list(refitted))
 
     def true_kl(self, child: Child, rows: slice = slice(None)) -> Tensor:

@@ -26,6 +26,7 @@ METHODS = ("one-pass", "exact", "both")
 LIBRARIES = ("auto", "keep", "rebuild")
 COMPUTE = ("float32", "bfloat16")
 SAMPLERS = ("swap", "tpe", "nsga2", "random")
+QUANTIZERS = ("nearest", "gptq")
 LIMITS = ("budget_gb", "budget", "max_params", "max_kv_gb", "min_throughput", "max_latency_ms")
 
 
@@ -100,6 +101,8 @@ class SearchConfig:
     """Number formats that matrices may have, such as "bf16,fp8,nvfp4" (blocks/formats.py); each subblock gets its own."""
     precision_tokens: int = 8192
     """Calibration tokens for the scores of precisions."""
+    quantizer: str = "nearest"
+    """How children with precisions are written: "nearest", or "gptq": with weights that GPTQ on the fitting text has chosen."""
     verify: int = 8
     """How many near-optima of the additive problem are assembled, refitted and measured by true KL."""
     distance: int = 3
@@ -156,6 +159,10 @@ class SearchConfig:
             )
             _ = self.shares
         require("precisions", self.precisions, bool(self.precisions.strip(" ,")), "formats, such as bf16,fp8,nvfp4")
+        require("quantizer", self.quantizer, self.quantizer in QUANTIZERS, " or ".join(QUANTIZERS))
+        require(
+            "quantizer", self.quantizer, self.refit or self.quantizer == "nearest", "nearest without the refit sweep"
+        )
         require("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
         for name in (

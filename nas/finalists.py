@@ -143,7 +143,8 @@ class ShortHeals:
         rounds = rungs(len(finalists), self.config.tokens)
         for count, tokens in rounds:
             for finalist in left[:count]:
-                key = digest(self.study, finalist.architecture.to_list(), to_dict(self.config), rounds)
+                made = self.study, str(self.assembler.stored)
+                key = digest(*made, finalist.architecture.to_list(), to_dict(self.config), rounds)
                 curves[finalist.name] = self._heal(finalist, tokens, key)
             left = sorted(left[:count], key=lambda finalist: curves[finalist.name][-1]["kl"])
             best = curves[left[0].name][-1]["kl"]
@@ -172,7 +173,7 @@ class ShortHeals:
         if curve and curve[-1]["steps"] >= until:
             return curve
         if not (directory / "child" / "config.json").exists():
-            child = self.assembler.assemble(finalist.architecture)
+            child = self.assembler.assemble(finalist.architecture, final=True)
             self.assembler.write(child, directory / "child", self.weight_dtype)
         result = self._run(finalist.architecture, directory, until)
         done = {"tokens": result.tokens, "steps": result.steps, "kl": result.after.kl, "kl_se": result.after.kl_se}

@@ -5,15 +5,16 @@ write_packed(child, rewrite, out, Packing("gptq", run=Path("runs/default")), rep
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from blocks.calibrated import QUANTIZERS, CalibratedLayer, gptq_layers, nearest_layers, needs_text
+from blocks.calibrated import CalibratedLayer, gptq_layers, nearest_layers, needs_text
 from blocks.canonical import Rewrite
 from blocks.checkpoint import write_child
 from blocks.child.layout import as_config, expected_tensors
@@ -23,6 +24,7 @@ from blocks.layer import Weights
 from blocks.parent import Parent
 from blocks.rounded import subblock_bytes
 from blocks.sweep import Sweep
+from nas.config import QUANTIZERS
 
 if TYPE_CHECKING:
     from nas.export import Child
@@ -86,11 +88,28 @@ def write_packed(child: Child, rewrite: Rewrite, out: Path, packing: Packing, re
         for part in (layer.attention, layer.ffn):
             subblock_bytes(rewrite.shape, part, 2)
     config = sizes_for(child, rewrite)
+    if packing.quantizer == "gptq" and (why := made_for_nearest(child.path)):
+        reporter.say(f"  warning: {why}; --quantizer nearest keeps that, gptq rounds anew")
     words = "Rounding by GPTQ" if packing.quantizer == "gptq" else "Rounding"
     with reporter.task(f"{words} into {out}", len(rewrite.architecture)) as advance:
         layers = rounded_layers(child, rewrite, packing, lambda _: advance())
         pairs = _tensors(child, rewrite, layers)
         write_child(out, child.path, rewrite.architecture, pairs, child.dtype, config=config, packed=True)
+
+
+def made_for_nearest(child: Path) -> str:
+    """What the run of a child says against rounding it by GPTQ: it is one whose rounding to nearest is what was made; or ""."""
+
+    def told(name: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((child.parent / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    if child.name == "healed" and any(stage["config"].get("qad") for stage in told("results.json").get("stages", [])):
+        return "it was healed as it is rounded to nearest"
+    return "nas search chose its weights by GPTQ" if told("architecture.json").get("quantizer") == "gptq" else ""
 
 
 def rounded_layers(

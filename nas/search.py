@@ -47,7 +47,7 @@ from nas.study import Ledger, architecture_of
 from nas.trials import Trials, meets_limits, origin_of, pruner
 from nas.turns import turn
 
-FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune")
+FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune", "quantizer")
 """Settings that another search with the same ledger may change: they say what is measured, not what comes out."""
 
 
@@ -296,6 +296,7 @@ class Search:
             pseudo_tokens=self.config.refit_pseudo_tokens if self.config.refit else None,
             reporter=self.reporter,
             kv=KV_DTYPES.get(f"kv-{self.scenario.kv_dtype}"),
+            stored=getattr(torch, self.scenario.weight_dtype) if self.config.quantizer == "gptq" else None,
             build=None if self.has_library else lambda architecture: self._build([architecture]),
         )
 
@@ -318,7 +319,7 @@ class Search:
         elif self.run.has(f"{self.where}/uniform"):
             remove_directory(self.run.path(f"{self.where}/uniform"))
         for name, wanted in children.items():
-            child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "")
+            child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "", final=True)
             self.assembler.write(child, self.run.path(f"{self.where}/{name}"), self.scenario.weight_dtype)
             self.run.path(f"{self.where}/architecture.json").unlink(
                 missing_ok=True
@@ -344,6 +345,7 @@ class Search:
             "predicted_kl": self.candidates.predicted(architecture),
             "optimum": optimum.proof(),
             "precisions": list(parse_precisions(self.config.precisions)),
+            "quantizer": self.config.quantizer,
             "layers": architecture.to_list(),
             "uniform_layers": None if uniform is None else uniform.to_list(),
             "kl": chosen.value,

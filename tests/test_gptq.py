@@ -12,7 +12,7 @@ from torch import Tensor
 from blocks.errors import ConfigError, NasError
 from blocks.fit import Statistics
 from blocks.formats import FORMATS, Format, Integer, NvFloat4
-from blocks.gptq import gptq_codes, output_error
+from blocks.gptq import gptq_codes, gptq_weights, output_error
 
 ALL = [*FORMATS.values(), Integer("int3", 3, group=64)]
 ids = [format.name for format in ALL]
@@ -156,6 +156,39 @@ def test_matrices_with_the_same_inputs_can_be_stacked() -> None:
     assert output_error(together - apart, gram).sum() < 0.02 * output_error(together - torch.cat([q, k]), gram).sum()
 
 
+@pytest.mark.parametrize("format", ALL[1:], ids=ids[1:])  # all that round bf16
+def test_masters_keep_their_scales_and_are_rounded_to_something_better(format: Format) -> None:
+    weight, inputs, held_out = random(ROWS, COLUMNS).bfloat16().float(), correlated(), correlated(tokens=1000)
+    gram = gram_of(inputs)
+    master, nearest = gptq_weights(weight, gram, format), format.nearest(weight)
+    stored = master.bfloat16().float()  # as a child's file holds it
+    for each in (master, stored):
+        scales = format.scales(each)
+        assert torch.equal(scales.values, nearest.scales.values)
+        assert scales.divisor is None or torch.equal(scales.divisor, nearest.scales.divisor)
+    found, least = format.fake(master), error(weight, gptq(weight, gram, format, act_order=True), inputs)
+    assert bool((output_error(found - weight, gram) <= output_error(nearest.weight - weight, gram)).all())
+    for text in (inputs, held_out):
+        assert error(weight, format.fake(stored), text) < 0.85 * error(weight, nearest.weight, text)
+    assert error(weight, found, inputs) < 1.5 * least
+    off = (master - found).abs() / format.nearest(master).scales.steps.repeat_interleave(format.group or COLUMNS, 1)
+    assert off.median() > 0.05  # between codes, where a little training can move them
+
+
+def test_masters_stay_what_they_are_where_nothing_is_won() -> None:
+    weight, format = random(ROWS, COLUMNS), FORMATS["int4-g32"]
+    independent = torch.diag(random(COLUMNS, seed=5).exp())
+    assert torch.equal(gptq_weights(weight, independent, format), weight)
+    weight[2, 32:64] = 0
+    found = gptq_weights(weight, gram_of(correlated()), format)
+    assert bool((found[2, 32:64] == 0).all())
+    q, k, nvfp4 = random(6, COLUMNS), random(4, COLUMNS, seed=8) * 5, FORMATS["nvfp4"]
+    shared, gram = nvfp4.divisor(q, k), gram_of(correlated())
+    together = gptq_weights(torch.cat([q, k]), gram, nvfp4)
+    apart = torch.cat([gptq_weights(each, gram, nvfp4, divisor=shared) for each in (q, k)])
+    assert (nvfp4.fake(together) != nvfp4.fake(apart, shared)).float().mean() < 0.01
+
+
 def test_it_stands_grams_of_few_tokens_and_dead_inputs() -> None:
     weight, inputs = random(ROWS, COLUMNS), correlated(tokens=30)
     inputs[:, 10:20] = 0
@@ -167,6 +200,8 @@ def test_it_stands_grams_of_few_tokens_and_dead_inputs() -> None:
 
 def test_wrong_arguments_are_told_in_one_line() -> None:
     weight = random(4, COLUMNS)
+    with pytest.raises(ConfigError, match=r"a Gram of \[64, 64\] for 256 inputs"):
+        gptq_weights(weight, torch.eye(64), FORMATS["int4"])
     with pytest.raises(ConfigError, match=r"a Gram of \[64, 64\] for 256 inputs"):
         gptq(weight, torch.eye(64), FORMATS["fp8"])
     with pytest.raises(ConfigError, match=r"int4: .*not a multiple"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from app import World, nas, stamps, succeed
+from safetensors.torch import load_file
 from tables import row
 
 from blocks.errors import CheckpointError, ConfigError
@@ -263,6 +265,29 @@ def test_the_child_of_a_search_knows_its_precisions_and_is_measured_with_them(
     layers = Architecture.from_list(found["layers"])
     assert config["marquetry_precisions"] == [[layer.attention.precision, layer.ffn.precision] for layer in layers]
     assert found["heldout"]["child"]["kl"] > 0
+
+
+def test_gptq_gives_the_child_better_masters_and_measures_nothing_again(
+    searched: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, nearest = tmp_path / "run", searched[1]
+    shutil.copytree(searched[0], run)
+    succeed("search", "--run", run, "--budget", "0.4", "--kv-dtype", "bf16,fp8", *SEARCH, "--quantizer", "gptq")
+    found = json.loads((run / "architecture.json").read_text())
+    assert found["layers"] == nearest["layers"] and found["trials"] == nearest["trials"]
+    assert found["heldout"]["child"]["kl"] < nearest["heldout"]["child"]["kl"]
+    before, after = (load_file(path / "child" / "model.safetensors") for path in (searched[0], run))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    precisions = [(layer.attention.precision, layer.ffn.precision) for layer in Architecture.from_list(found["layers"])]
+    for name in changed:
+        assert precisions[int(name.split(".")[2])]["mlp" in name] != "bf16" and before[name].ndim == 2
+    assert changed
+    words = ("export", run, "--to", "transformers", "--quantizer")
+    assert "nas search chose its weights by GPTQ; --quantizer nearest keeps that" in succeed(*words, "gptq").err
+    assert "warning" not in succeed(*words, "nearest").err
+    assert "warning" not in succeed("export", searched[0], *words[2:], "gptq", "--out", tmp_path / "out").err
+    refused = nas("search", "--run", run, "--budget", "0.4", *SEARCH, "--quantizer", "best")
+    assert refused.code == 2 and "quantizer is 'best'; it must be nearest or gptq" in refused.err
 
 
 def test_a_dry_run_chooses_the_kv_dtype_that_the_search_would(searched: tuple[Path, dict[str, Any]]) -> None:

@@ -38,9 +38,11 @@ from distill.memory import healing_memory
 from distill.progress import HealResult
 from distill.stages import Stage, frozen_copy, heal_in_stages, stage_names
 from distill.trainer import heal
+from nas.commands.distill import child_of
 from nas.config import build_stages, qad_rate
 from nas.data import load_pack
 from nas.measure import measure
+from nas.packed_export import made_for_nearest
 from nas.progress import Reporter
 
 MIXED = Architecture.from_list(
@@ -481,6 +483,7 @@ def test_a_run_is_healed_and_then_as_it_is_served(world: World, in_formats: Path
     words = ("--qad-tokens", 256, "--qad-learning-rate", 1e-3)
     result = succeed("distill", "--run", in_formats, *HEALING, *words, "--json").json
     assert [stage["name"] for stage in result["stages"]] == ["1-kl", "2-qad"]
+    assert child_of(in_formats) == {"rounded": True, "width": 64} and child_of(world.runs / "scored") == {}
     first, second = result["stages"]
     assert (first["tokens"], second["tokens"], second["config"]["qad"]) == (256, 256, True)
     assert second["before"]["kl"] > first["best"]["kl"] > 0  # what rounding costs
@@ -497,6 +500,8 @@ def test_a_run_is_healed_and_then_as_it_is_served(world: World, in_formats: Path
         healed = load_child(in_formats / "healed", rounded=rounded)
         assert evaluate(teacher, healed, heldout, sequence_length=32).kl == pytest.approx(row["kl"], rel=1e-5)
     assert "healed already" in nas("distill", "--run", in_formats, *HEALING, *words).err
+    assert "as it is rounded to nearest" in made_for_nearest(in_formats / "healed")
+    assert made_for_nearest(in_formats / "child") == made_for_nearest(in_formats) == ""
 
 
 def test_the_written_child_computes_what_was_evaluated(world: World, in_formats: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from blocks.candidates import FitConfig, fit_layer
 from blocks.layer import Weights
 from blocks.refit import refit_sweep
+from blocks.rounded import precision_of, round_layer
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
 from nas.exact import kl_to_parent
@@ -131,3 +132,58 @@ def test_an_attention_without_ffn_answers_for_the_whole_layer(tiny_sweep: Callab
     error, _ = distances(sweep, child, text)
     new_error, _ = distances(sweep, refit_sweep(sweep, child, [3], text, 10.0), text)
     assert new_error < 0.97 * error  # 0.91; with the goal after the attention it stays as it was
+
+
+IN_FORMATS = Architecture.from_list(
+    [
+        "attention:kv2@int4-g32+ffn:512@nvfp4",
+        "attention:linear@fp8+ffn:256@int4-g32",
+        "attention:skip+ffn:linear@nvfp4a16",
+        "attention:kv1+ffn:256@int3",
+    ]
+)
+
+
+def refit_rounded(
+    sweep: Sweep, child: list[Weights], architecture: Architecture, stored: torch.dtype | None
+) -> list[dict[str, Tensor]]:
+    text, layers = tokens(sequences=96), range(len(architecture))
+    return refit_sweep(sweep, child, layers, text, 100.0, None, architecture.layers, None, stored)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "nvfp4a16", "nvfp4", "int3", "fp8", "int8"])
+def test_gptq_on_the_way_brings_a_rounded_child_closer_still(tiny_sweep: Callable[..., Sweep], name: str) -> None:
+    sweep = tiny_sweep()
+    architecture = sweep.parent.shape.parent_architecture.at(name)
+    child = [sweep.layer(index) for index in range(4)]
+    kl: dict[torch.dtype | None, list[float]] = {}
+    for stored in None, torch.bfloat16:
+        refitted = refit_rounded(sweep, child, architecture, stored)
+        written = [{name: tensor.bfloat16().float() for name, tensor in layer.items()} for layer in refitted]
+        served = [round_layer(*pair) for pair in zip(written, architecture, strict=True)]
+        kl[stored] = [distances(sweep, served, text)[1] for text in (tokens(sequences=96), tokens(seed=2))]
+    for by_gptq, nearest in zip(kl[torch.bfloat16], kl[None], strict=True):
+        assert by_gptq < 0.95 * nearest
+
+
+def test_gptq_chooses_all_that_is_rounded_and_nothing_else(tiny_sweep: Callable[..., Sweep]) -> None:
+    sweep = tiny_sweep()
+    child = assemble(sweep, IN_FORMATS.structure, tokens())
+    before = [{name: tensor.clone() for name, tensor in layer.items()} for layer in child]
+    chosen = refit_rounded(sweep, child, IN_FORMATS, torch.bfloat16)
+    for spec, old, own, new in zip(IN_FORMATS, before, child, chosen, strict=True):
+        for name, tensor in new.items():
+            rounded = tensor.ndim == 2 and precision_of(spec, name) != "bf16"
+            assert not rounded or torch.equal(tensor, tensor.bfloat16().to(tensor.dtype))  # stored as it is
+            assert torch.equal(tensor, old[name]) == (not rounded and name not in REFITTED)
+            assert torch.equal(own[name], old[name])
+
+
+def test_gptq_has_nothing_to_choose_in_a_child_that_is_not_rounded(tiny_sweep: Callable[..., Sweep]) -> None:
+    sweep, text = tiny_sweep(), tokens()
+    child = assemble(sweep, HARD, text)
+    plain, asked = (
+        refit_sweep(sweep, child, range(4), text, 100.0, None, HARD.layers, None, stored)
+        for stored in (None, torch.bfloat16)
+    )
+    assert all(torch.equal(one[name], two[name]) for one, two in zip(plain, asked, strict=True) for name in one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,13 +111,11 @@ def distill(
     ranks, place = join(pick_device(device))
     flags = settings_of(DistillConfig, arguments, device="cpu" if place.type == "cpu" else None)
     own: dict[str, Any] = {"qad_tokens": qad_tokens, "qad_learning_rate": qad_learning_rate}
-    sections = load_recipe(recipe)
-    opened_run, parent = open_run_and_parent(run)
-    own |= {"width": parent.shape.hidden_size, "rounded": _has_precisions(run)}
-    stages = build_stages(sections, flags, place.type, **own)
+    stages = build_stages(load_recipe(recipe), flags, place.type, **own, **child_of(run))
 
     from nas.heal import forget_healing, run_distill
 
+    opened_run, parent = open_run_and_parent(run)
     if dry_run:
         from blocks.spec import Architecture
         from nas.plan import plan_distill
@@ -140,10 +139,12 @@ def distill(
     typer.echo(f"{run / 'healed'} written; see it all: nas show{run_flag(run)}")
 
 
-def _has_precisions(run: Path) -> bool:
-    """Whether the run has a child, and its matrices other formats than bf16."""
+def child_of(run: Path) -> dict[str, Any]:
+    """What stages depend on, if the run has a child: whether its matrices have other formats than bf16, and its hidden size."""
     from blocks.spec import Architecture
 
     file = run / "architecture.json"
-    child = Architecture.load(file) if file.is_file() else None
-    return child is not None and bool(child.rounded)
+    if not file.is_file():
+        return {}
+    rounded, shape = bool(Architecture.load(file).rounded), json.loads(file.read_text()).get("shape")
+    return {"rounded": rounded} | ({"width": shape["hidden_size"]} if shape else {})

@@ -43,6 +43,8 @@ nas search --max-latency-ms 400,15 --clock H100           to the first token, pe
 
 nas search --budget 0.35 --precisions bf16,fp8,nvfp4 --kv-dtype bf16,fp8      number formats searched beside structure
 
+nas search --budget 0.35 --precisions bf16,fp8,nvfp4 --quantizer gptq      the same, the child rounded by GPTQ
+
 nas search --sweep 0.9:0.5:0.05                           a child for each of these budgets
 
 nas search --budget 0.5 --storage mysql://host/nas        the same command on each machine: they share the work
@@ -91,6 +93,12 @@ def search(
     precisions: Annotated[
         str | None,
         typer.Option(help="Number formats of matrices to choose from: bf16,fp8,nvfp4,nvfp4a16,int4,int4-g32,int8."),
+    ] = None,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            help="How a child with precisions is rounded: nearest, or gptq, which nas distill then goes on from."
+        ),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="True KLs in all.")] = None,
     verify: Annotated[int | None, typer.Option(help="Near-optima of the table among them.")] = None,
