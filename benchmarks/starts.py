@@ -34,7 +34,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--parent", default="smollm2")
     arguments.add_argument("--data", default="python-docs")
-    arguments.add_argument("--formats", nargs="+", default=["int4-g32", "nvfp4"])
+    arguments.add_argument("--formats", nargs="+", default=["int4-g32"])
     arguments.add_argument("--tokens", type=int, default=16_384)
     arguments.add_argument("--fit-tokens", type=int, default=8192)
     arguments.add_argument("--eval-tokens", type=int, default=8192)
