@@ -90,7 +90,9 @@ def _children(
 ) -> dict[str, Architecture]:
     if architecture is None:
         return {MADE: made_child(space, shape, scenario, HALF)}
-    given = Architecture.load(architecture)
+    given = Architecture.load(
+        architecture
+    ).structure  # what is timed computes in one dtype, whatever its number formats
     if len(given) != shape.num_hidden_layers:
         raise ConfigError(
             f"--architecture {architecture} has {len(given)} layers, the parent {shape.num_hidden_layers}: "

@@ -388,6 +388,10 @@ def test_a_run_brings_its_space_and_its_chosen_child(world: Any, tmp_path: Path)
     run = world.copy("searched", tmp_path / "run")
     chosen = Architecture.load(run / "architecture.json")
     subject = find_subject(SMALL, run=run)
+    rounded = tmp_path / "architecture.json"
+    rounded.write_text(json.dumps({"layers": chosen.at("fp8").to_list()}))
+    in_formats = find_subject(SMALL, run=run, architecture=rounded)
+    assert in_formats.children == subject.children and in_formats.specs() == subject.specs()
     assert subject.children == {"chosen": chosen} and subject.space.name == "default"
     assert {str(layer.ffn) for layer in chosen} <= {str(spec) for spec in subject.specs()}
     assert find_subject(SMALL, run=world.copy("scored", tmp_path / "scored")).children.keys() == {"half"}

@@ -15,7 +15,6 @@ from nas.commands.options import (
     KvDtypeOption,
     OutputOption,
     PromptOption,
-    RunOption,
     TpOption,
     WeightDtypeOption,
     emit,
@@ -34,7 +33,9 @@ nas import config.json --clock H100 --tp 4                     times from a data
 
 def import_(
     source: Annotated[Path, typer.Argument(help="Directory of a nemotron-nas checkpoint, or its config.json.")],
-    run: RunOption = DEFAULT_RUN,
+    run: Annotated[
+        Path | None, typer.Option(help="The run directory; beside runs/default, of the source's name, if not given.")
+    ] = None,
     batch: BatchOption = None,
     context: ContextOption = None,
     prompt: PromptOption = None,
@@ -55,8 +56,7 @@ def import_(
     from nas.importing import run_import
 
     scenario = build(Scenario, {}, settings_of(Scenario, arguments), "cpu")
-    if run == DEFAULT_RUN:
-        run = DEFAULT_RUN.with_name(_name(source.resolve()))
+    run = run or DEFAULT_RUN.with_name(_name(source.resolve()))
     show_import(run_import(source, run, scenario, clock), run, as_json)
 
 
