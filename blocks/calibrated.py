@@ -20,7 +20,7 @@ from torch import Tensor
 from blocks.errors import ConfigError
 from blocks.fit import Statistics
 from blocks.formats import Format, Quantized, Scales, format_named
-from blocks.gptq import gptq_codes
+from blocks.gptq import DAMPING, gptq_codes
 from blocks.layer import (
     ATTENTION_NORM,
     FFN_NORM,
@@ -59,8 +59,7 @@ def gptq_layers(
     architecture: Architecture,
     tokens: Tensor,
     nearest: bool = False,
-    act_order: bool = True,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     on_layer: Callable[[int], None] | None = None,
 ) -> Iterator[CalibratedLayer]:
     """The layers of a child rounded as `architecture` says, from first to last.
@@ -70,7 +69,7 @@ def gptq_layers(
         architecture: one spec a layer, with its precisions.
         tokens: token ids [N, S] to calibrate on, on the sweep's device or the CPU.
         nearest: round to nearest; the text then serves the input scales of W4A4 alone.
-        act_order, damping: of `gptq_codes`.
+        damping: of `gptq_codes`.
         on_layer: told each finished layer.
 
     Raises:
@@ -80,7 +79,7 @@ def gptq_layers(
     stream = sweep.embed(tokens, torch.float32)
     math = sweep.math(tokens.shape[1])
     for index, given in sweep.layers(range(len(architecture))):
-        layer = _Rounding(given, architecture[index], nearest, act_order, damping)
+        layer = _Rounding(given, architecture[index], nearest, damping)
         for part, subblock in (("self_attn.", attention_input), ("mlp.", ffn_input)):
             for group in shared_matrices(given):
                 if group[0].startswith(part) and layer.format(group) is not None:
@@ -112,11 +111,9 @@ def needs_text(architecture: Architecture, nearest: bool) -> bool:
 class _Rounding:
     """A layer whose matrices are rounded group by group."""
 
-    def __init__(
-        self, given: Weights, spec: LayerSpec, nearest: bool, act_order: bool = True, damping: float = 0.01
-    ) -> None:
+    def __init__(self, given: Weights, spec: LayerSpec, nearest: bool, damping: float = DAMPING) -> None:
         self.given, self.spec, self.nearest = given, spec, nearest
-        self.act_order, self.damping = act_order, damping
+        self.damping = damping
         self.matrices: dict[str, PackedMatrix] = {}
 
     def format(self, group: list[str]) -> Format | None:
@@ -143,7 +140,7 @@ class _Rounding:
         if gram is None:
             done = format.nearest(stacked)
         else:
-            done = gptq_codes(stacked, gram, format, damping=self.damping, act_order=self.act_order)
+            done = gptq_codes(stacked, gram, format, self.damping)
         rows = [len(matrix) for matrix in matrices]
         parts = zip(done.codes.split(rows), done.scales.values.split(rows), strict=True)
         divisor = None if largest is None else format.divisor(largest)

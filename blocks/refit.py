@@ -179,6 +179,6 @@ def _choose(own: dict[str, Tensor], spec: LayerSpec, group: list[str], gram: Ten
     if format.name == BF16:
         return
     matrices = [own[f"{name}.weight"] for name in group]
-    chosen = gptq_weights(torch.cat(matrices).to(stored), gram, format).to(stored)
+    chosen = gptq_weights(torch.cat(matrices), gram, format, stored)
     for name, matrix, part in zip(group, matrices, chosen.split([len(each) for each in matrices]), strict=True):
         own[f"{name}.weight"] = part.to(matrix.dtype)

@@ -372,7 +372,7 @@ def test_gptq_is_that_of_the_inputs_that_the_packed_child_sees(
         names = [f"model.layers.{each}" for each in group]
         x = inputs[names[0]].double()
         stacked = torch.cat([store(f"{each}.weight").float() for each in names])
-        done = gptq_codes(stacked, x.T @ x, format, act_order=True)
+        done = gptq_codes(stacked, x.T @ x, format)
         found = [
             PackedMatrix.of(format, {p: stored[f"{each}.{p}"] for p in packed_sizes(format, 1, len(x.T))}).quantized
             for each in names
