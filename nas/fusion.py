@@ -19,6 +19,7 @@ from torch import Tensor
 from blocks.checkpoint import check_child, read_architecture, write_child
 from blocks.child.layout import as_config, read_config
 from blocks.digest import sample_file
+from blocks.errors import ConfigError
 from blocks.families import FAMILIES
 from blocks.files import remove_directory, save_json
 from blocks.fuse import Run as FusedRun
@@ -92,8 +93,9 @@ def open_sweep(path: Path, device: torch.device) -> Sweep:
 
 
 def plan_fusion(source: Path, out: Path, config: FusionConfig, scenario: Scenario, on_gpu: bool) -> dict[str, Any]:
-    """What would be done, for --dry-run; reads no weights."""
+    """What would be done, for --dry-run; reads no weights. Raises ConfigError as `fuse_child`."""
     _, architecture = read_architecture(source)
+    _check_formats(source, architecture)
     stretches = ffn_stretches(architecture)
     return {
         "child": str(source),
@@ -109,19 +111,31 @@ def plan_fusion(source: Path, out: Path, config: FusionConfig, scenario: Scenari
     }
 
 
+def _check_formats(source: Path, architecture: Architecture) -> None:
+    if architecture.rounded:
+        formats = ", ".join(architecture.rounded)
+        raise ConfigError(
+            f"{source} has number formats ({formats}), which fusion would lose; fuse a child of bf16 alone"
+        )
+
+
 # ---- one child
 
 
 def fuse_child(
     task: Task, parent: Parent, config: FusionConfig, scenario: Scenario, device: torch.device, reporter: Reporter
 ) -> dict[str, Any]:
-    """Decides what is fused, writes the fused child to `task.out` and the record; or reads what was done already."""
+    """Decides what is fused, writes the fused child to `task.out` and the record; or reads what was done already.
+
+    Raises ConfigError for a child with number formats: a fused FFN would have none, and other bytes than were asked for.
+    """
     key = _key(task.source, config, scenario, device)
     if (done := _done(task, key)) is not None:
         reporter.say(f"This child was fused already: {task.record}")
         return done
-    sweep = open_sweep(task.source, device)
     shape, architecture = read_architecture(task.source)
+    _check_formats(task.source, architecture)
+    sweep = open_sweep(task.source, device)
     stretches = ffn_stretches(architecture)
     tokens = to_tokens(task.calibration, config.tokens, device)
     rows: list[Row] = []

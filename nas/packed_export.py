@@ -100,6 +100,8 @@ def write_packed(child: Child, rewrite: Rewrite, out: Path, packing: Packing, re
 def made_for_nearest(child: Path) -> str:
     """What the run of a child says against rounding it by GPTQ: it is one whose rounding to nearest is what was made; or ""."""
 
+    child = child.resolve()
+
     def told(name: str) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((child.parent / name).read_text())
@@ -137,7 +139,7 @@ def calibration_text(child: Child, packing: Packing) -> Tensor:
     """
     from nas.data import load_pack, to_tokens
 
-    asked = [packing.run] if packing.run is not None else [child.path.parent, child.path.parent.parent]
+    asked = [packing.run] if packing.run is not None else list(child.path.resolve().parents[:3])  # RUN/family/0.9/child
     places = [run / TEXT for run in asked if (run / TEXT).is_file()]
     why = "GPTQ takes calibration text" if packing.quantizer == "gptq" else "nvfp4 scales inputs by calibration text"
     if not places:

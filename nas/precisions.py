@@ -2,6 +2,7 @@
 
     run/scores/precision-nvfp4_007.json     per sequence, made in one pass as the scores of structure are (nas/scoring.py)
     run/scores/kl-attention-nvfp4.json      true KL of the parent with all its attentions in the format
+    run/scores/precisions.json              how many calibration tokens both are of
     run/precisions.csv                      in nats per token, one row for each layer, candidate and format
 
 A candidate with a precision scores what its structure scores plus what its format does: one measurement for each structure
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -47,6 +48,7 @@ from nas.table import ScoreRow, load_table
 
 KV8 = "kv-float8"
 KV_DTYPES = {KV8: torch.float8_e4m3fn}
+TEXT = "scores/precisions.json"
 COLUMNS = ("layer", "candidate", "precision", "score", "one_pass", "nats_per_one_pass")
 Key = tuple[int, str, str]
 """Layer, structure of a subblock, precision."""
@@ -83,9 +85,8 @@ class PrecisionScores:
     def _value(self, layer: int, structure: Subblock, precision: str) -> float:
         key = layer, str(structure), precision
         if key not in self.values:
-            raise ConfigError(
-                f"precisions.csv has no {precision} of {structure} in layer {layer}; run `nas score --precisions {precision}`"
-            )
+            run = "a search without --dry-run" if precision == KV8 else f"`nas score --precisions {precision}`"
+            raise ConfigError(f"precisions.csv has no {precision} of {structure} in layer {layer}; {run} makes it")
         return self.values[key]
 
 
@@ -98,7 +99,9 @@ def load_precisions(path: Path) -> PrecisionScores:
                 for row in csv.DictReader(file)
             }
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there; run `nas score --precisions bf16,fp8,nvfp4` first") from None
+        raise CheckpointError(
+            f"{path} is not there; run `nas score --precisions bf16,fp8,nvfp4`, or the search without --dry-run"
+        ) from None
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); delete it and run `nas score` again") from error
     return PrecisionScores(rows)
@@ -134,7 +137,8 @@ class PrecisionScoring:
     """Scores formats for the candidates of a run, layer by layer; what is done is on disk.
 
     Attributes:
-        tokens: of the calibration text. Rounding changes every token alike, so few will do.
+        tokens: of the calibration text, if no format of the run was scored before: all are scored on the text of the first.
+            Rounding changes every token alike, so few will do.
     """
 
     run: Run
@@ -142,6 +146,11 @@ class PrecisionScoring:
     device: torch.device
     reporter: Reporter
     tokens: int
+
+    def __post_init__(self) -> None:
+        known = self.run.read_if(TEXT)
+        if isinstance(known, dict) and isinstance(known.get("tokens"), int):
+            self.tokens = known["tokens"]
 
     @cached_property
     def files(self) -> ScoreFiles:
@@ -167,28 +176,34 @@ class PrecisionScoring:
     def ensure(self, precisions: Sequence[str]) -> PrecisionScores:
         """Scores what is missing of these precisions and returns all that is known."""
         path = self.run.path("precisions.csv")
-        layers = self.parent.shape.layers
-        missing = [name for name in precisions if not all(self.files.has(_kind(name), layer) for layer in layers)]
+        missing = {
+            layer: names
+            for layer in self.parent.shape.layers
+            if (names := [name for name in precisions if not self.files.has(_kind(name), layer)])
+        }
         if missing:
+            if not self.run.has(TEXT):
+                save_json(self.run.path(TEXT), {"tokens": self.tokens})
             self._one_pass(missing)
         known = known_precisions(path)
         if missing or not path.exists() or not known.issuperset(precisions):
             self._write(path, sorted(known.union(precisions)))
         return load_precisions(path)
 
-    def _one_pass(self, precisions: Sequence[str]) -> None:
+    def _one_pass(self, missing: Mapping[int, Sequence[str]]) -> None:
+        """Scores formats by layer, from the last layer to the first that lacks any."""
         config = self.run.config.score
         sweep = self.sweep.at(getattr(torch, config.compute_dtype))
         streams = StreamCheckpoints(sweep, self.text)
         layers = self.parent.shape.layers
         gradients = output_gradients(sweep, streams.take(len(layers)), config.label_samples, config.seed)
-        blocks = self.blocks
-        with self.reporter.task("Scoring precisions", len(layers)) as advance:
-            for index, weights in sweep.layers(reversed(layers)):
+        blocks, behind = self.blocks, layers[min(missing) :]
+        with self.reporter.task("Scoring precisions", len(behind)) as advance:
+            for index, weights in sweep.layers(reversed(behind)):
                 library = blocks.open(index, weights) if blocks.has(index) else LayerLibrary(weights)
                 stream = streams.take(index)
                 bases = self._bases(index, blocks.has(index))
-                for name in precisions:
+                for name in missing.get(index, ()):
                     found = {
                         str(part): _score(sweep, library, base, part, name, stream, gradients)
                         for part, base in bases.items()
@@ -263,7 +278,7 @@ class PrecisionScoring:
         """Of the parent with one kind of subblock in a format in every layer, nats per token. Measured once on the same text."""
         file, tokens = f"scores/kl-{kind_of(part)}-{precision}.json", self.text.numel()
         known = self.run.read_if(file)
-        if known is None or known["tokens"] != tokens:
+        if not isinstance(known, dict) or known.get("tokens") != tokens:
             known = {"tokens": tokens, "kl": self._measured_kl_in(part, precision)}
             save_json(self.run.path(file), known)
         return float(known["kl"])

@@ -36,7 +36,7 @@ from nas.finalists import ShortHeals, choose_finalists, short, variants
 from nas.limits import limits_told
 from nas.measure import measure
 from nas.path import Rescoring, Step, around, walk
-from nas.precisions import KV_DTYPES, parse_precisions
+from nas.precisions import KV_DTYPES, parse_precisions, to_score
 from nas.progress import Reporter
 from nas.run import Run, digest
 from nas.samplers import make_sampler
@@ -104,9 +104,10 @@ class Search:
     def _made_from(self) -> dict[str, Any]:
         limits = {bound.name: [bound.low, bound.high] for bound in self.candidates.bounds}
         scores = self.run.path("scores.csv").read_text()
-        made = {"scenario": asdict(self.scenario), "scores": scores, "limits": limits}
-        if self.candidates.precisions is not None:
-            made["precisions"] = self.run.path("precisions.csv").read_text()
+        made: dict[str, Any] = {"scenario": asdict(self.scenario), "scores": scores, "limits": limits}
+        if (precisions := self.candidates.precisions) is not None:
+            used = to_score(parse_precisions(self.config.precisions), [self.scenario.kv_dtype])
+            made["precisions"] = [[*key, score] for key, score in sorted(precisions.values.items()) if key[2] in used]
         return made
 
     @cached_property
@@ -318,12 +319,12 @@ class Search:
             children["uniform"] = uniform
         elif self.run.has(f"{self.where}/uniform"):
             remove_directory(self.run.path(f"{self.where}/uniform"))
+        self.run.path(f"{self.where}/architecture.json").unlink(
+            missing_ok=True
+        )  # of an earlier search, whose child goes now
         for name, wanted in children.items():
             child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "", final=True)
             self.assembler.write(child, self.run.path(f"{self.where}/{name}"), self.scenario.weight_dtype)
-            self.run.path(f"{self.where}/architecture.json").unlink(
-                missing_ok=True
-            )  # of an earlier search, whose child is gone now
         directories = {name: self.run.path(f"{self.where}/{name}") for name in children}
         pack = load_pack(self.run.path("data") / "heldout.npy")
         heldout = measure(self.parent, directories, pack, self.device, self.reporter)

@@ -26,6 +26,7 @@ from nas.precisions import (
 from nas.progress import Reporter
 from nas.run import Run
 from nas.table import load_table
+from nas.turns import turn
 
 
 def load_candidates(
@@ -60,7 +61,8 @@ def score_precisions(
     require_served(run.config.target, formats)
     wanted = to_score(formats, scenario.kv_dtype.split(","))
     if wanted:
-        PrecisionScoring(run, parent, device, reporter, config.precision_tokens).ensure(wanted)
+        with turn(run.path("config.yaml")):  # one worker makes them for all
+            PrecisionScoring(run, parent, device, reporter, config.precision_tokens).ensure(wanted)
 
 
 def with_scored_kv_dtypes(run: Run, scenario: Scenario) -> Scenario:

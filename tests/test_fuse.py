@@ -432,6 +432,18 @@ def copy(run: Path, to: Path) -> Path:
 FUSE = ("--max-kl", "10", "--clock", "H100")
 
 
+def test_a_child_with_number_formats_is_not_fused(searched: Path, world: World, tmp_path: Path) -> None:
+    run = copy(searched, tmp_path)
+    layers = ["attention:kv2+ffn:768"] + ["attention:skip+ffn:768@fp8"] * 3
+    child_of(run / "child", world.parent, layers)
+    found = json.loads((run / "architecture.json").read_text())
+    (run / "architecture.json").write_text(json.dumps(found | {"layers": layers}))
+    for dry in (), ("--dry-run",):
+        refused = nas("fuse", "--run", run, *FUSE, *dry)
+        assert refused.code == 2 and "has number formats (fp8), which fusion would lose" in refused.err
+    assert not (run / "fused").exists()
+
+
 def test_fuse_a_run(searched: Path, tmp_path: Path) -> None:
     run = copy(searched, tmp_path)
     before = contents(run)

@@ -383,6 +383,16 @@ def test_gptq_is_that_of_the_inputs_that_the_packed_child_sees(
         assert better < 0.95 * output_error(format.fake(stacked) - stacked, x.T @ x).sum()
 
 
+def test_the_text_of_a_member_of_a_family_is_that_of_its_run(runs: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs(layers_in("nvfp4", "nvfp4")), run)
+    member = run / "family" / "0.900"
+    member.mkdir(parents=True)
+    (run / "child").rename(member / "child")
+    succeed("export", member / "child", "--to", "transformers", "--out", tmp_path / "out")
+    assert read_architecture(tmp_path / "out")[1].rounded == ["nvfp4"]
+
+
 def test_layers_come_out_of_a_sweep_as_they_are_served(tiny_sweep: Callable[..., Any]) -> None:
     sweep = tiny_sweep(hidden_size=128, head_dim=32)
     architecture = Architecture.from_list(["attention:kv2@nvfp4+ffn:512@fp8", *["attention:kv2+ffn:512@int4"] * 3])

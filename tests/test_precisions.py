@@ -311,6 +311,8 @@ def test_a_dry_run_plans_with_the_kv_dtypes_that_have_scores_and_says_so(world: 
     assert "planned with a KV cache in bfloat16 alone, of float8,bfloat16" in plan.err
     assert plan.json == succeed(*words, "bf16").json
     assert "precisions.csv is not there" in nas(*words, "fp8").err
+    with pytest.raises(ConfigError, match="a search without --dry-run makes it"):
+        PrecisionScores().of(0, LayerSpec.parse("attention:kv2+ffn:skip"), "float8")
 
 
 def test_scores_of_precisions_are_made_once_and_only_those_that_are_missing(
@@ -337,6 +339,31 @@ def test_scores_of_precisions_are_made_once_and_only_those_that_are_missing(
     later = {path: path.stat().st_mtime_ns for path in (run / "scores").glob("precision-*")}
     assert times.items() <= later.items()
     assert {path.name.split("_")[0] for path in later.keys() - times.keys()} == {"precision-int8"}
+
+
+def test_a_finished_search_stays_finished_when_other_formats_are_scored(
+    searched: tuple[Path, dict[str, Any]], world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(searched[0], run)
+    words = ("search", "--run", run, "--budget", "0.4", "--kv-dtype", "bf16,fp8", *SEARCH)
+    succeed(*words)
+    before = (run / "precisions.csv").read_text()
+    succeed(*world.score_words(run), "--precisions", "nvfp4a16")
+    assert (run / "precisions.csv").read_text() != before
+    assert "This search was done already" in succeed(*words).err
+
+
+def test_scores_of_formats_go_on_where_they_were(world: World, tmp_path: Path) -> None:
+    run = world.copy("scored", tmp_path / "run")
+    succeed(*world.score_words(run), "--precisions", "fp8")
+    whole = (run / "precisions.csv").read_text()
+    for name in ("scores/precision-fp8_001.json", "scores/precision-fp8_000.json", "precisions.csv"):
+        (run / name).unlink()
+    kept = stamps(run)
+    succeed(*world.score_words(run), "--precisions", "fp8")
+    assert (run / "precisions.csv").read_text() == whole
+    assert {name: time for name, time in stamps(run).items() if name in kept} == kept
 
 
 def test_true_kls_of_the_parent_are_measured_once_on_a_text(
@@ -368,8 +395,7 @@ def test_true_kls_of_the_parent_are_measured_once_on_a_text(
     table.unlink()
     assert written("fp8", "int8", KV8) == (both, 5)
     table.unlink()
-    other, count = written("fp8", "int8", KV8, tokens=512)
-    assert count == 5 and other != both
+    assert written("fp8", "int8", KV8, tokens=512) == (both, 0)  # all formats of a run are of one text
 
 
 def test_table_scores_are_near_true_kls_and_sums_near_joint_ones(world: World, tmp_path: Path) -> None:
