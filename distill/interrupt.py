@@ -21,6 +21,8 @@ class HealingStopped(NasError):
 class StopRequest:
     """While entered, remembers SIGINT or SIGTERM in `signal_number` (0: none) instead of dying of it.
 
+    What is done in it may end all the same; it then raises HealingStopped, so that nothing is begun after it.
+
     A second Ctrl-C acts as usual, for the impatient. A second SIGTERM does not: schedulers and torchrun both send one, to the
     same processes. Outside the main thread, where Python allows no handlers,
     it does nothing.
@@ -41,6 +43,10 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if self.signal_number and kind is None:
+            raise HealingStopped(
+                "healing stopped; what is done is written. Run the same command again to go on", self.signal_number
+            )
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:

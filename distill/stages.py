@@ -109,6 +109,11 @@ def heal_in_stages(
 
 
 def frozen_copy(student: nn.Module, compute_dtype: str) -> nn.Module:
-    """The student's master weights as they are, in bf16, as a teacher; held in fp32 if that is what it computes in."""
-    teacher = unround_model(copy.deepcopy(student)).to(torch.bfloat16)
-    return teacher.to(getattr(torch, compute_dtype)).eval().requires_grad_(False)
+    """The student's master weights as they are, in bf16, as a teacher; held in fp32 if that is what it computes in.
+
+    Buffers stay what they are: the frequencies of rotary embeddings, in bf16, would be other positions.
+    """
+    teacher = unround_model(copy.deepcopy(student)).eval().requires_grad_(False)
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(getattr(torch, compute_dtype))
+    return teacher

@@ -82,7 +82,7 @@ def heal(
     Raises:
         ConfigError, DataError: a pair or packs that do not fit each other or the configuration.
         CheckpointError: the checkpoint there is of another run or damaged, or the disk is full.
-        HealingStopped: SIGTERM or Ctrl-C, after a checkpoint was written.
+        HealingStopped: SIGTERM or Ctrl-C, after a checkpoint was written; also if the last step was done by then.
         NasError: the loss is not finite or leaped up (`config.spike`); nothing was overwritten.
     """
     if until is not None and until < 1:
@@ -95,7 +95,7 @@ def heal(
         try:
             run.start(resume)
             run.train(stop)
-            return run.finish()
+            return run.finish(stop)
         finally:
             run.close()
 
@@ -201,16 +201,18 @@ class _Healing:
             self._report(loss, stats)
             if signal_number and self.step < self.last:
                 written = self.store.path(self.step)
-                text = f"healing stopped at step {self.step} of {self.config.steps}; {written} is written"
+                text = f"healing stopped at step {self.step} of {self.last}; {written} is written"
                 raise HealingStopped(f"{text}. Run the same command again to go on", signal_number)
         if self.step == self.last and self.step not in self.evaluations:  # a signal had ended an earlier session here
             self._evaluate()
             self._write_checkpoint()
 
-    def finish(self) -> HealResult:
-        """Leaves the best weights in the student."""
+    def finish(self, stop: StopRequest) -> HealResult:
+        """Leaves the best weights in the student, and tells all ranks of a signal that any received."""
         self.ranks.wait()
         load_best(self.best_path, self.student, self.parallel)
+        received = torch.tensor([stop.signal_number], device=self.parallel.device)
+        stop.signal_number = int(self.ranks.gather(received).max())
         best_step, best = read_best(self.best_path)
         return HealResult(
             before=self.evaluations[0],
@@ -335,9 +337,9 @@ class _Healing:
     def _report(self, loss: float, stats: EvalStats | None) -> None:
         if self.on_step is None or not self.ranks.main:
             return
-        eta = self.session.seconds_per_step * (self.config.steps - self.step)
+        eta = self.session.seconds_per_step * (self.last - self.step)
         rate = learning_rate(self.config, max(0, self.step - 1))
-        self.on_step(Progress(self.step, self.config.steps, loss, rate, self._tokens_per_s, eta, stats))
+        self.on_step(Progress(self.step, self.last, loss, rate, self._tokens_per_s, eta, stats))
 
     def _log(self, kind: str, values: Mapping[str, Any]) -> None:
         text = values.get("text")

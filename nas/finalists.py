@@ -8,6 +8,7 @@ schedule, so nothing is trained twice.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from optuna.trial import FrozenTrial
 from blocks.checkpoint import load_child
 from blocks.files import save_json
 from blocks.parent import Parent
+from blocks.rounded_model import round_model
 from blocks.spec import Architecture, AttentionSpec
 from distill.config import DistillConfig
 from distill.trainer import heal
@@ -138,7 +140,7 @@ class ShortHeals:
 
     def choose(self, finalists: Sequence[Finalist]) -> tuple[Finalist, list[dict[str, Any]]]:
         """The finalist that heals best, and what was measured of each."""
-        curves: dict[str, list[dict[str, Any]]] = {finalist.name: [] for finalist in finalists}
+        curves: dict[str, dict[str, Any]] = {}
         left = list(finalists)
         rounds = rungs(len(finalists), self.config.tokens)
         for count, tokens in rounds:
@@ -146,8 +148,8 @@ class ShortHeals:
                 made = self.study, str(self.assembler.stored)
                 key = digest(*made, finalist.architecture.to_list(), to_dict(self.config), rounds)
                 curves[finalist.name] = self._heal(finalist, tokens, key)
-            left = sorted(left[:count], key=lambda finalist: curves[finalist.name][-1]["kl"])
-            best = curves[left[0].name][-1]["kl"]
+            left = sorted(left[:count], key=lambda finalist: curves[finalist.name]["rounds"][-1]["kl"])
+            best = curves[left[0].name]["rounds"][-1]["kl"]
             self.reporter.say(f"  {count} finalists after {tokens:,} tokens: best {left[0].name}, KL {best:.4f}")
         told = [
             {
@@ -155,35 +157,43 @@ class ShortHeals:
                 "origin": origin_of(finalist.trial),
                 "layers": finalist.architecture.to_list(),
                 "chosen": finalist is left[0],
-                "heal": [{"tokens": 0, "kl": finalist.trial.value}, *curves[finalist.name]],
+                "heal": self._points(finalist, curves[finalist.name]),
             }
             for finalist in finalists
         ]
         return left[0], told
 
-    def _heal(self, finalist: Finalist, tokens: int, key: str) -> list[dict[str, Any]]:
-        """Heals one finalist up to `tokens`; returns its curve: what it was after every round."""
+    def _points(self, finalist: Finalist, curve: dict[str, Any]) -> list[dict[str, Any]]:
+        """A curve from no tokens on, where the KL is the trial's; or, of weights chosen by GPTQ, which no trial has, as healed."""
+        kl = finalist.trial.value
+        return [{"tokens": 0, "kl": kl if self.assembler.stored is None else curve.get("before", kl)}, *curve["rounds"]]
+
+    def _heal(self, finalist: Finalist, tokens: int, key: str) -> dict[str, Any]:
+        """Heals one finalist up to `tokens`; returns its curve: its KL before the first round, and what it was after every one."""
         directory = self.run.path(self.where) / finalist.name
-        until = max(1, tokens // self.config.step_tokens)
+        until = max(1, math.ceil(tokens / self.config.step_tokens))
         known = self.run.read_if(f"{self.where}/{finalist.name}/curve.json")
         if not isinstance(known, dict) or known.get("key") != key:
             shutil.rmtree(directory, ignore_errors=True)
             save_json(directory / "curve.json", known := {"key": key, "rounds": []})
-        curve: list[dict[str, Any]] = known["rounds"]
-        if curve and curve[-1]["steps"] >= until:
-            return curve
+        rounds: list[dict[str, Any]] = known["rounds"]
+        if rounds and rounds[-1]["steps"] >= until:
+            return known
         if not (directory / "child" / "config.json").exists():
             child = self.assembler.assemble(finalist.architecture, final=True)
             self.assembler.write(child, directory / "child", self.weight_dtype)
         result = self._run(finalist.architecture, directory, until)
         done = {"tokens": result.tokens, "steps": result.steps, "kl": result.after.kl, "kl_se": result.after.kl_se}
-        save_json(directory / "curve.json", {"key": key, "rounds": [*curve, done]})
-        return [*curve, done]
+        curve = {"key": key, "before": result.before.kl, "rounds": [*rounds, done]}
+        save_json(directory / "curve.json", curve)
+        return curve
 
     def _run(self, architecture: Architecture, directory: Path, until: int) -> Any:
         if self._teacher is None:
             self._teacher = load_parent_model(self.parent, self.device)
-        student = load_child(directory / "child")  # rounded as it will be served, if it has precisions
+        student = load_child(directory / "child", rounded=False)
+        if architecture.rounded:
+            round_model(student, through=getattr(torch, self.weight_dtype))
         config = replace(self.config, qad=bool(architecture.rounded)).suited_to(architecture)
         data = self.run.path("data")
         packs = load_pack(data / "train.npy"), load_pack(data / "calibration.npy")
@@ -206,5 +216,6 @@ class ShortHeals:
 
 
 def short(config: DistillConfig, tokens: int) -> DistillConfig:
-    """The healing of finalists: as `nas distill` heals on this device, but short, and evaluated only at its ends."""
-    return replace(config, tokens=max(tokens, config.step_tokens), eval_every=0, checkpoint_every=0, eval_tokens=0)
+    """The healing of finalists: as `nas distill` heals on this device, but short, from the parent, and evaluated only at its ends."""
+    tokens = max(tokens, config.step_tokens)
+    return replace(config, teacher="parent", tokens=tokens, eval_every=0, checkpoint_every=0, eval_tokens=0)

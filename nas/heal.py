@@ -7,7 +7,6 @@ keeps them: its master weights are written, and what is measured is rounded as t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from blocks.checkpoint import as_built, load_child, read_architecture, write_child
 from blocks.errors import CheckpointError
-from blocks.files import save_json
+from blocks.files import remove_directory, save_json
 from blocks.parent import Parent
 from blocks.ranks import ALONE, Ranks
 from blocks.rounded_model import round_model
@@ -58,7 +57,7 @@ def run_distill(
             reporter.say(f"This child is healed already: {run.path('healed')}")
             return done
     if ranks.main:
-        _set_aside_other_child(run, found["key"], reporter)
+        set_aside_other_child(run, found["key"], reporter)
     ranks.wait()
     if read_architecture(run.path("child"))[1] != as_built(parent.shape, architecture)[1]:
         raise CheckpointError(
@@ -106,21 +105,30 @@ def _told(results: Sequence[HealResult]) -> dict[str, Any]:
     }
 
 
-def _set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
+def set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
     """Keeps what was healed for an earlier search under its own name, and notes which search distill/ is for.
 
-    What was kept for this search before is taken up again.
+    What was kept for this search before is taken up again. The note lies in distill/, which leaves last and comes back first:
+    killed on the way and called for any search, it goes on.
     """
     marker = "distill/search.json"
     earlier = run.read(marker, "distill").get("search") if run.has(marker) else None
     if earlier not in (None, search):
-        for name in ("distill", "healed"):
-            if run.has(name):
-                run.path(name).rename(run.path(f"{name}-{earlier}"))
-            if run.has(f"{name}-{search}"):
-                run.path(f"{name}-{search}").rename(run.path(name))
+        for name in ("healed", "distill"):
+            _move(run, name, f"{name}-{earlier}")
         reporter.say(f"The healing of an earlier search is kept in {run.path(f'distill-{earlier}')}")
+    for name in ("distill", "healed"):
+        if not run.has(name):
+            _move(run, f"{name}-{search}", name)
     save_json(run.path(marker), {"search": search})
+
+
+def _move(run: Run, name: str, new_name: str) -> None:
+    """Renames a directory of the run, if it is there; what has the new name is removed."""
+    if run.has(name):
+        if run.has(new_name):
+            remove_directory(run.path(new_name))
+        run.path(name).rename(run.path(new_name))
 
 
 def _heal(
@@ -276,8 +284,10 @@ def sample_text(path: Path, parent: Parent, device: torch.device) -> dict[str, s
     return {"prompt": SAMPLE_PROMPT, "text": str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]))}
 
 
-def forget_healing(run: Run) -> None:
-    """Removes what an earlier `nas distill` left, for --restart."""
-    for name in ("distill", "healed"):
-        shutil.rmtree(run.path(name), ignore_errors=True)
+def forget_healing(run: Run, reporter: Reporter) -> None:
+    """Removes what an earlier `nas distill` left of this search's child, for --restart; that of another search is set aside."""
+    set_aside_other_child(run, run.read("architecture.json", "search")["key"], reporter)
+    for name in ("healed", "distill"):
+        if run.has(name):
+            remove_directory(run.path(name))
     run.path("results.json").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,5 +68,7 @@ def measure(
                 "perplexity": stats.student_perplexity,
                 "top1_agreement": stats.top1_agreement,
             }
+            del student  # before the next one is loaded; a rounded one refers to itself
+            gc.collect()
             advance()
     return result

@@ -68,6 +68,7 @@ def _report(directory: Path, found: dict[str, Any], made: dict[str, Any]) -> dic
     if results.get("search") != found.get("key"):
         results = {}  # of an earlier search: not this child's
     healing = _json(directory / "distill" / "search.json").get("search") in (None, found.get("key"))
+    stages = [stage["name"] for stage in results["stages"]] if "stages" in results else None
     models = _models(found, results) + _family(directory, found)
     report: dict[str, Any] = {"format": FORMAT, "run": directory.resolve().name}
     report |= {key: found.get(key) for key in AS_THEY_ARE}
@@ -79,7 +80,7 @@ def _report(directory: Path, found: dict[str, Any], made: dict[str, Any]) -> dic
         "map": map_of(found, models),
         "scores": scores_of(directory / "scores.csv", found),
         "finalists": found.get("finalists") or [],
-        **healing_of(directory / "distill" / ("metrics.jsonl" if found and healing else "none")),
+        **healing_of(directory / "distill" / ("metrics.jsonl" if found and healing else "none"), stages),
         "heldout_tokens": results.get("heldout_tokens") or (found.get("heldout") or {}).get("tokens"),
         "healing": results.get("healing"),
         "made": made or None,

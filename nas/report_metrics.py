@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ _EVALUATION = {"kl": "kl", "kl_se": "kl_se", "ce": "student_ce", "perplexity": "
 _EVALUATION |= {"top1_agreement": "top1_agreement"}
 
 
-def healing_of(path: Path) -> dict[str, Any]:
+def healing_of(path: Path, stages: Sequence[str] | None = None) -> dict[str, Any]:
     """The curves of a metrics.jsonl, all empty if there is none.
+
+    Args:
+        stages: the names of the stages that are meant, if others were tried before in the same directory; None means all.
 
     Returns:
         learning: held-out evaluations in order: step, tokens, stage (null for a healing of one), kl, kl_se, ce, perplexity,
@@ -25,7 +29,7 @@ def healing_of(path: Path) -> dict[str, Any]:
         training: at most `MOST_LOSSES` means of neighbouring steps: tokens, stage, loss.
         stages: name and the tokens before it, of a healing in several.
     """
-    lines, starts = _placed(_lines(path))
+    lines, starts = _placed([line for line in _lines(path) if _is_of(line, stages)])
     curves: dict[str | None, dict[tuple[Any, int], dict[str, Any]]] = {}
     losses: dict[tuple[Any, int], dict[str, Any]] = {}
     for line in lines:
@@ -55,6 +59,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and all(isinstance(line.get(key), int) for key in ("step", "tokens")):
             lines.append(line | {"kind": line.get("kind")})
     return lines
+
+
+def _is_of(line: dict[str, Any], stages: Sequence[str] | None) -> bool:
+    """Whether a line is of one of the stages; the only one of a healing leaves its name out."""
+    return stages is None or line.get("stage") in (stages if len(stages) > 1 else [None])
 
 
 def _placed(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str | None, int]]:

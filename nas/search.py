@@ -319,12 +319,11 @@ class Search:
             children["uniform"] = uniform
         elif self.run.has(f"{self.where}/uniform"):
             remove_directory(self.run.path(f"{self.where}/uniform"))
-        self.run.path(f"{self.where}/architecture.json").unlink(
-            missing_ok=True
-        )  # of an earlier search, whose child goes now
+        earlier = self.run.path(f"{self.where}/architecture.json")
         for name, wanted in children.items():
             child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "", final=True)
             self.assembler.write(child, self.run.path(f"{self.where}/{name}"), self.scenario.weight_dtype)
+            earlier.unlink(missing_ok=True)  # its child is gone now
         directories = {name: self.run.path(f"{self.where}/{name}") for name in children}
         pack = load_pack(self.run.path("data") / "heldout.npy")
         heldout = measure(self.parent, directories, pack, self.device, self.reporter)

@@ -6,7 +6,7 @@ Each case heals in OUT_DIR/CASE, in processes forked here, so that importing tor
 JSON. `step:5` sends SIGKILL to itself after step 5, `sync:9` at the ninth fsync (in the middle of writing a checkpoint or
 the best student), `rename:2` before the second renaming of a directory. On two ranks: `ranks:2` (DDP), `sharded:2` (FSDP2, both
 models real on rank 0 alone), `muon:2` (the same with Muon), `qad:2` and `qad-sharded:2` (DDP and FSDP2 with a rounded student), `lost:7` (FSDP2, where rank 1 is killed after step 7, and both start
-again), `fewer:7` (the same, but one process alone goes on).
+again), `fewer:7` (the same, but one process alone goes on), `asked:12` (FSDP2, where rank 1 is asked to stop after step 12, the last).
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def heal_on_rank(out_dir: Path, kind: str, dies_at: int, rank: int, port: int) -
 
     def tick(progress: Progress) -> None:
         if progress.step == dies_at:  # rank 0 alone is told: it takes the other one down, and is torn along
-            os.kill(int((out_dir / "rank-1.pid").read_text()), signal.SIGKILL)
+            number = signal.SIGTERM if kind == "asked" else signal.SIGKILL
+            os.kill(int((out_dir / "rank-1.pid").read_text()), number)
 
     if rank == 1:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -152,9 +153,9 @@ def fork(run: Callable[..., None], *arguments: object) -> int:
     try:
         run(*arguments)
         os._exit(0)
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
-        os._exit(1)
+        os._exit(getattr(error, "exit_code", 1))
 
 
 def main() -> None:
@@ -164,7 +165,7 @@ def main() -> None:
         place, count = case.split(":")
         if place in ("ranks", "sharded", "muon", "qad", "qad-sharded"):
             codes[case] = start_ranks(out_dir / case, place, dies_at=-1)
-        elif place in ("lost", "fewer"):
+        elif place in ("lost", "fewer", "asked"):
             codes[case] = start_ranks(out_dir / case, place, dies_at=int(count))
             if place == "lost":
                 codes[case] += start_ranks(out_dir / case, place, dies_at=-1)

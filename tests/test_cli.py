@@ -17,6 +17,7 @@ from app import BUDGET, HEALING, World, contents, full_disk, nas, stamps, succee
 from tiny import tiny_llama
 
 from blocks.files import save_text
+from nas.commands.options import pick_device
 from nas.run import open_run
 
 COMMANDS = ("score", "search", "distill", "show")
@@ -182,6 +183,16 @@ def test_ctrl_c_says_how_to_go_on(world: World, tmp_path: Path, monkeypatch: pyt
     result = nas(*world.score_words(tmp_path / "run"))
     assert result.code == 130
     assert result.err.splitlines()[-1] == "stopped; run the same command again and it goes on from here"
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", [1]), ("cuda:0", [0]), ("cuda", []), ("cpu", []), (None, [])])
+def test_a_chosen_gpu_is_the_current_one(name: str | None, current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Healing takes the device that is current."""
+    taken: list[int | None] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: taken.append(device.index))
+    pick_device(name)
+    assert taken == current
 
 
 # Wrong flags and recipes: exit code 2

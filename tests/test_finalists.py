@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from app import BUDGET, World, contents, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tables import costs_of, every_architecture, limited, random_table, shape_of
 
 import nas.finalists
+from blocks.checkpoint import write_child
+from blocks.parent import open_parent
+from blocks.rounded_model import roundings
 from blocks.spec import Architecture
+from distill.config import DistillConfig
 from nas.additive import Candidates
+from nas.config import RunConfig
 from nas.costs import Scenario
-from nas.finalists import CLOSE, SHIFT, VARIANT_GAP, choose_finalists, variants
+from nas.finalists import CLOSE, SHIFT, VARIANT_GAP, ShortHeals, choose_finalists, short, variants
 from nas.progress import Reporter
+from nas.run import Run, open_run
 from nas.rungs import rungs
 from nas.study import Ledger, architecture_of
 from nas.trials import Trials
@@ -144,6 +155,64 @@ def test_a_child_is_a_finalist_once(tmp_path: Path) -> None:
 
 
 # Short heals
+
+
+def test_a_recipe_of_qad_from_the_healed_is_that_of_the_parent() -> None:
+    """Finalists have no healed weights to learn from; and those without precisions learn as they are."""
+    config = short(DistillConfig(qad=True, teacher="healed", tokens=10**6), 4096)
+    assert config.teacher == "parent" and config.tokens == 4096
+    assert not replace(config, qad=False).qad
+
+
+def heals_of(run: Run, config: DistillConfig, stored: torch.dtype | None = None) -> ShortHeals:
+    """Short heals of children that need not be written."""
+    assembler: Any = SimpleNamespace(stored=stored, assemble=lambda *_, **__: None, write=lambda *_: None)
+    place = torch.device("cpu")
+    return ShortHeals(run, "study", "finalists", None, assembler, "bfloat16", config, place, Reporter(quiet=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 30, 31])
+@pytest.mark.parametrize("stored", [None, torch.bfloat16])
+def test_the_last_round_ends_with_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, stored: torch.dtype | None
+) -> None:
+    """Steps are rounded up. The curve begins with the KL that the trial had, unless GPTQ makes another child of what is healed."""
+    config = DistillConfig(tokens=steps * 128 - 1, batch_sequences=4, sequence_length=32)
+    _, trials = some_trials(tmp_path, [("optimum", 0.3, 0.0), ("path", 0.31, 0.0), ("swap", 0.32, 0.0)])
+    asked: list[int] = []
+
+    def heal(self: ShortHeals, architecture: Architecture, directory: Path, until: int) -> Any:
+        asked.append(until)
+        after = SimpleNamespace(kl=0.2, kl_se=0.01)
+        return SimpleNamespace(tokens=until * 128, steps=until, before=SimpleNamespace(kl=0.25), after=after)
+
+    monkeypatch.setattr(ShortHeals, "_run", heal)
+    run = Run(tmp_path, RunConfig(), "fingerprint")
+    for _ in range(2):  # the second time all is known
+        _, told = heals_of(run, config, stored).choose(choose_finalists(trials, 3))
+        assert [f["heal"][0]["kl"] for f in told] == ([0.3, 0.31, 0.32] if stored is None else [0.25] * 3)
+        assert [f["heal"][-1]["steps"] for f in told] == [steps, steps, math.ceil((config.tokens // 2) / 128)]
+    assert max(asked) == config.steps == steps
+
+
+def test_finalists_are_rounded_as_they_will_be_written(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `nas distill` rounds its student: through the dtype of the checkpoint."""
+    run = open_run(world.runs / "searched")
+    parent = open_parent(str(world.parent))
+    plain = Architecture.load(run.path("architecture.json"))
+    rounded = Architecture(tuple(layer.at("int3", "nvfp4") for layer in plain))
+    students: list[Any] = []
+    monkeypatch.setattr(nas.finalists, "heal", lambda config, teacher, student, *_, **__: students.append(student))
+    heals = heals_of(run, DistillConfig())
+    heals.parent = parent
+    for name, architecture in (("rounded", rounded), ("plain", plain)):
+        weights = load_file(run.path("child") / "model.safetensors")
+        write_child(tmp_path / name / "child", parent.path, architecture, weights, "bfloat16")
+        heals._run(architecture, tmp_path / name, 1)
+    assert {rounding.through for rounding in roundings(students[0])} == {torch.bfloat16}
+    assert not list(roundings(students[1]))
 
 
 WORDS = (*BUDGET, "--verify", "3", "--trials", "1", "--no-prune", "--finalists", "4", "--heal-tokens", "2048")

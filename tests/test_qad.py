@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from blocks.child.layout import shape_of
 from blocks.errors import CheckpointError, ConfigError, UnsupportedModelError
 from blocks.formats import FORMATS, Integer
 from blocks.layer import LayerMath, layer_forward
+from blocks.parent import open_parent
 from blocks.rounded import round_layer
 from blocks.rounded_model import round_model, roundings, unround_model
 from blocks.spec import Architecture
@@ -401,6 +403,9 @@ def test_stages_from_master_to_rounded_and_the_healed_as_teacher(tmp_path: Path)
     student.load_state_dict(load_file(results[0].best_path), strict=False)
     teacher = frozen_copy(student, "float32")
     assert all(torch.equal(p, p.bfloat16().float()) for p in teacher.parameters())
+    for dtype in "float32", "bfloat16":
+        kept, own = dict(frozen_copy(student, dtype).named_buffers()), dict(student.named_buffers())
+        assert kept.keys() == own.keys() and all(torch.equal(kept[name], own[name]) for name in own)
     alone = heal(configs[1], teacher, round_model(student, IN_FORMATS), train, heldout, tmp_path / "alone")
     assert alone.evaluations == results[1].evaluations
     assert results[1].before.kl < 0.1  # from itself, but for rounding
@@ -521,14 +526,30 @@ def test_the_written_child_computes_what_was_evaluated(world: World, in_formats:
 
 
 def test_measuring_takes_either(in_formats: Path, world: World) -> None:
-    from blocks.parent import open_parent
-
     heldout = load_pack(in_formats / "data" / "heldout.npy")
     names = {"served": in_formats / "child", "master": in_formats / "child"}
     found = measure(
         open_parent(str(world.parent)), names, heldout, torch.device("cpu"), Reporter(True), unrounded={"master"}
     )
     assert found["served"]["kl"] > found["master"]["kl"]
+
+
+def test_children_are_measured_one_at_a_time(in_formats: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one has left memory when the next one is loaded."""
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        assert not [one for one in loaded if one() is not None]
+        child = load_child(*arguments, **options)
+        loaded.append(weakref.ref(child.model.embed_tokens.weight))
+        loaded.extend(weakref.ref(rounding) for rounding in roundings(child))
+        return child
+
+    monkeypatch.setattr("nas.measure.load_child", load)
+    heldout = load_pack(in_formats / "data" / "heldout.npy")
+    names = {name: in_formats / "child" for name in ("master", "served", "again")}
+    measure(open_parent(str(world.parent)), names, heldout, torch.device("cpu"), Reporter(True), unrounded={"master"})
+    assert len(loaded) > 3
 
 
 def test_a_child_in_bf16_has_nothing_to_round(world: World, tmp_path: Path) -> None:

@@ -217,6 +217,26 @@ def test_stages_follow_one_another_on_one_axis(run: Path) -> None:
     json.dumps(report, allow_nan=False)
 
 
+@pytest.mark.parametrize("names", [["1-qad"], ["1-kl", "2-qad"], ["1-bld", "2-kl"]])
+def test_stages_of_another_healing_of_the_same_child_are_not_told(run: Path, names: list[str]) -> None:
+    """Their checkpoints and metrics stay in distill/ beside those of the last one."""
+    lines = [
+        {"kind": kind, "kl": 0.4, "loss": 0.5, "step": step, "tokens": step * 100, "stage": stage}
+        for stage in ("1-kl", "2-qad", None, "1-bld", "2-kl")
+        for step in (0, 10)
+        for kind in ("train", "eval")
+    ]
+    (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"stages": [{"name": name} for name in names]}))
+    report, _ = page_of(run)
+    told = [None] if len(names) == 1 else names
+    assert [stage["name"] for stage in report["stages"]] == [name for name in told if name]
+    places = [(name, number * 1000 + tokens) for number, name in enumerate(told) for tokens in (0, 1000)]
+    for curve in ("learning", "training"):
+        assert [(point["stage"], point["tokens"]) for point in report[curve]] == places
+
+
 def test_the_evaluation_stands_on_the_page(run: Path, told: tuple[dict[str, Any], Node]) -> None:
     _, page = told
     figure = page.by_id("eval")

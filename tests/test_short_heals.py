@@ -98,6 +98,14 @@ def test_a_later_end_than_the_last_step_is_the_last_step(tmp_path: Path, whole: 
     assert run(tmp_path, until=1000).after == whole[1].after
 
 
+def test_what_is_left_is_counted_to_where_it_stops(tmp_path: Path) -> None:
+    told: list[Progress] = []
+    run(tmp_path, until=4, on_step=told.append)
+    run(tmp_path, until=6, on_step=told.append)
+    assert [(p.step, p.total_steps) for p in told] == [*((step, 4) for step in range(5)), (5, 6), (6, 6)]
+    assert told[4].eta_seconds == told[-1].eta_seconds == 0 < told[5].eta_seconds
+
+
 def test_an_end_before_the_first_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="until is 0"):
         run(tmp_path, until=0)

@@ -23,7 +23,7 @@ from test_ranks import run_ranks
 from blocks.errors import ConfigError, NasError
 from blocks.spec import Architecture
 from distill.config import DistillConfig
-from distill.interrupt import StopRequest
+from distill.interrupt import HealingStopped, StopRequest
 from distill.progress import HealResult
 from distill.stages import Stage, heal_in_stages
 from distill.trainer import heal
@@ -78,6 +78,27 @@ def test_stopped_in_its_second_stage_it_goes_on_there(tmp_path: Path) -> None:
         for name in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("step", [5, 6])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_end_of_a_stage_begins_no_other(tmp_path: Path, step: int, number: signal.Signals) -> None:
+    """In its last step, and after its last evaluation."""
+
+    def ask(index: int, progress: Any) -> None:
+        if index == 0 and progress.step == step:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(HealingStopped, match="Run the same command again") as stopped:
+        run_stages(tmp_path / "cut", KL, CE, on_step=ask)
+    assert stopped.value.exit_code == 128 + number
+    assert {line["stage"] for line in lines(tmp_path / "cut")} == {"1-kl"}
+    begun: list[tuple[int, int]] = []
+    again = run_stages(tmp_path / "cut", KL, CE, on_step=lambda index, progress: begun.append((index, progress.step)))
+    assert begun[0] == (1, 0)
+    assert [result.evaluations for result in again] == [
+        result.evaluations for result in run_stages(tmp_path / "whole", KL, CE)
+    ]
 
 
 def test_another_text_is_measured_and_decides_nothing(tmp_path: Path) -> None:
@@ -222,10 +243,11 @@ def test_a_dataset_is_streamed_no_further_than_needed(monkeypatch: pytest.Monkey
 
 def test_a_second_sigterm_changes_nothing_and_a_second_ctrl_c_does() -> None:
     """torchrun and a scheduler may both send one; somebody at a keyboard means it."""
-    with StopRequest() as stop:
+    with pytest.raises(HealingStopped) as stopped, StopRequest() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal_number == signal.SIGTERM
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal_number == signal.SIGINT

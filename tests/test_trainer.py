@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).parent / "healing_run.py"
 # At step 2 nothing is kept; fsync 7 is in the first checkpoint, 19 in a best student; the fourth renaming removes a
 # checkpoint.
 KILLS = ("step:2", "step:7", "sync:7", "sync:19", "rename:3", "rename:4")
-ON_RANKS = ("ranks:2", "sharded:2", "muon:2", "lost:7", "fewer:7")
+ON_RANKS = ("ranks:2", "sharded:2", "muon:2", "lost:7", "fewer:7", "asked:12")
 
 
 def run(out_dir: Path, config: DistillConfig = CONFIG, **options: Any) -> HealResult:
@@ -219,6 +219,13 @@ def test_a_lost_rank_and_a_restart_end_the_same(processes: tuple[Path, dict[str,
     assert -signal.SIGKILL in processes[1]["fewer:7"]
     run(fewer)
     assert_same_curve(fewer, reference)
+
+
+def test_a_signal_to_one_rank_at_the_end_stops_all(
+    processes: tuple[Path, dict[str, list[int]]], reference: Path
+) -> None:
+    assert processes[1]["asked:12"] == [128 + signal.SIGTERM] * 2
+    assert_same_curve(processes[0] / "asked:12", reference)
 
 
 def test_half_precision_student_keeps_fp32_master_weights(tmp_path: Path) -> None:

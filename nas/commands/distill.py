@@ -122,10 +122,11 @@ def distill(
 
         architecture = Architecture.load(opened_run.path("architecture.json"))
         return emit(plan_distill(stages, parent, architecture, place, ranks.count), as_json)
+    told = reporter(as_json or not ranks.main)
     if restart and ranks.main:
-        forget_healing(opened_run)
+        forget_healing(opened_run, told)
     ranks.wait()
-    result = run_distill(opened_run, parent, stages, place, reporter(as_json or not ranks.main), ranks)
+    result = run_distill(opened_run, parent, stages, place, told, ranks)
     ranks.leave()
     if result is None or not ranks.main:
         return

@@ -62,7 +62,7 @@ def settings_of(kind: type, arguments: dict[str, Any], **more: Any) -> dict[str,
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The torch device of a flag. Raises ConfigError for one that is not there."""
+    """The torch device of a flag; a GPU by its number is the current one from then on. Raises ConfigError for one that is not there."""
     import torch
 
     from blocks.errors import ConfigError
@@ -77,6 +77,8 @@ def pick_device(name: str | None) -> torch.device:
         raise ConfigError(f"--device {name}: not supported; write cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
