@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from blocks.calibrated import gptq_layers
+from blocks.calibrated import calibrated_layers
 from blocks.checkpoint import load_child, read_architecture
 from blocks.files import save_json
 from blocks.formats import FORMATS
@@ -276,7 +276,7 @@ class Bench:
             if not self.holds(parent, name):
                 continue
             architecture, started = parent.shape.parent_architecture.at(name), time.perf_counter()
-            layers = [layer.weights for layer in gptq_layers(sweep, architecture, self.text("fit"))]
+            layers = [layer.weights for layer in calibrated_layers(sweep, architecture, self.text("fit"))]
             took = time.perf_counter() - started
             kl = float(kl_to_parent(sweep, hidden, [sweep.of(layers).run(tokens)])[0].mean())
             found[name] = {"nearest": self.whole(parent, name), "gptq": kl, "seconds": took}

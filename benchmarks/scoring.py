@@ -37,8 +37,9 @@ from blocks.shape import ModelShape
 from blocks.spec import LayerSpec
 from blocks.sweep import StreamCheckpoints, Sweep
 from distill.block_local import LocalConfig, distill_layer
+from distill.metrics import peak_memory
 from nas.config import RunConfig, ScoreConfig
-from nas.engine import make_sweep, peak_memory
+from nas.engine import make_sweep
 from nas.engine_config import EngineConfig
 from nas.guard import rank_correlation
 from nas.plan import ScorePlan, count, count_flops

@@ -1,6 +1,6 @@
 """Codes and scales of a child's layers, one layer after the other on the child's own stream: by GPTQ, or to nearest.
 
-    for layer in gptq_layers(sweep.of(master), architecture, tokens):
+    for layer in calibrated_layers(sweep.of(master), architecture, tokens):
         layer.matrices["mlp.down_proj"].tensors()      # for the disk (blocks/packing.py)
         layer.weights                                  # for `layer_forward`: as it will be served
 
@@ -54,7 +54,7 @@ class CalibratedLayer:
     matrices: Mapping[str, PackedMatrix]
 
 
-def gptq_layers(
+def calibrated_layers(
     sweep: Sweep,
     architecture: Architecture,
     tokens: Tensor,

@@ -22,13 +22,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from blocks.shape import ModelShape, as_built
-from blocks.spec import WIDTH_MULTIPLE, Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import NO_ATTENTION, NO_FFN, WIDTH_MULTIPLE, Architecture, AttentionSpec, FFNSpec, LayerSpec
 
 if TYPE_CHECKING:  # planning needs no torch, so that a search space can ask what an engine serves
     from torch import Tensor
 
 ZERO_ATTENTION, ZERO_FFN = AttentionSpec("kv", 1), FFNSpec("width", WIDTH_MULTIPLE)
-NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 
 
 @dataclass(frozen=True)

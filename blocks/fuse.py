@@ -25,12 +25,11 @@ from torch import Tensor
 from blocks.errors import ConfigError
 from blocks.layer import DOWN_PROJ, FFN_NORM, LayerMath, Weights, ffn_input, project
 from blocks.shape import rounded_width
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import EMPTY, Architecture, AttentionSpec, FFNSpec, LayerSpec
 
 Run = tuple[int, ...]
 """Indices of the layers whose FFNs are fused, rising."""
 
-EMPTY = LayerSpec(AttentionSpec("skip"), FFNSpec("skip"))
 _BIASES = {"gate_proj": "mlp.gate_proj.bias", "up_proj": "mlp.up_proj.bias", "down_proj": "mlp.down_proj.bias"}
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from blocks.errors import CheckpointError, UnsupportedModelError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
-SPACE = "\u2581"  # how character vocabularies write it
 # How text is split before merging, by what tokenizer.json says, and the name of the same in llama.cpp. `True` and `False`
 # say whether a piece that is a token is taken whole (`ignore_merges`), which llama.cpp ties to the name.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -31,10 +31,9 @@ from blocks.layer import (
     rms_norm,
 )
 from blocks.rounded import RoundedWeights, precision_of, round_layer, shared_matrices
-from blocks.spec import BF16, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, NO_ATTENTION, NO_FFN, LayerSpec
 from blocks.sweep import Sweep
 
-NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 Read = Callable[[Weights, Tensor, LayerMath], tuple[str, Tensor] | None]
 """What a subblock's last matrix reads: `attention_input` or `ffn_input`."""
 

@@ -196,3 +196,7 @@ class Architecture:
             raise CheckpointError(
                 f"{path} is not an architecture file ({error}); run `nas search` to write one"
             ) from error
+
+
+NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
+EMPTY = LayerSpec(NO_ATTENTION, NO_FFN)

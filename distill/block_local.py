@@ -38,7 +38,7 @@ from blocks.layer import (
     project,
 )
 from blocks.library import LayerLibrary
-from blocks.spec import AttentionSpec, LayerSpec
+from blocks.spec import NO_ATTENTION, AttentionSpec, LayerSpec
 from blocks.sweep import Sweep
 
 Owner = AttentionSpec | LayerSpec
@@ -46,7 +46,6 @@ Read = Callable[[Weights, Tensor, LayerMath], tuple[str, Tensor] | None]  # `att
 
 ATTENTION_MATRICES = (*(f"self_attn.{name}_proj.weight" for name in "qkv"), O_PROJ)
 FFN_MATRICES = ("mlp.gate_proj.weight", "mlp.up_proj.weight", DOWN_PROJ)
-NOTHING = AttentionSpec("skip")
 PARAMETERS_AT_A_TIME = 1 << 30
 
 
@@ -164,7 +163,7 @@ class _Subblock:
         weights = library.layer_weights(owner)
         if owner.ffn.kind == "skip":  # the attention answers for the whole layer, and nothing stands before it
             names = ATTENTION_MATRICES if owner.attention.kind == "kv" else (LINEAR_ATTENTION,)
-            return cls(owner, NOTHING, attention_input, names, weights)
+            return cls(owner, NO_ATTENTION, attention_input, names, weights)
         names = FFN_MATRICES if owner.ffn.kind == "width" else (LINEAR_FFN,)
         own = {name: tensor for name, tensor in weights.items() if name.startswith("mlp.") or name == FFN_NORM}
         return cls(owner, owner.attention, ffn_input, names, own)

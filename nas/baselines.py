@@ -16,13 +16,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import EMPTY, Architecture, LayerSpec
 from nas.additive import Candidates
 from nas.solve import Limit, solve_with
 
 PARENT_PRECISION, CHILD_PRECISION = "parent-uniform-precision", "child-uniform-precision"
 BASELINES = ("uniform", "depth-contiguous", "depth-score", "random", PARENT_PRECISION, CHILD_PRECISION)
-EMPTY = LayerSpec(AttentionSpec("skip"), FFNSpec("skip"))
 ATTEMPTS = 20
 GAP = 1e-4
 

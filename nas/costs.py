@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from blocks.errors import ConfigError
 from blocks.shape import ModelShape, as_built
-from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, NO_ATTENTION, NO_FFN, Architecture, AttentionSpec, FFNSpec, LayerSpec
 from nas.limits import cost_field
 
 if TYPE_CHECKING:
     from nas.clock import Clock
 
-NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_DTYPE_BYTES = {**DTYPE_BYTES, "float8": 1}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "float8_e4m3fn": "float8"}

@@ -197,12 +197,3 @@ def resident_memory(device: torch.device) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors took on a GPU, or the process on a CPU, since it started."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from blocks.shape import ModelShape
-from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
-
-NO_ATTENTION, NO_FFN = AttentionSpec("skip"), FFNSpec("skip")
+from blocks.spec import NO_ATTENTION, NO_FFN, AttentionSpec, FFNSpec, LayerSpec
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from blocks.calibrated import CalibratedLayer, gptq_layers, nearest_layers, needs_text
+from blocks.calibrated import CalibratedLayer, calibrated_layers, nearest_layers, needs_text
 from blocks.canonical import Rewrite
 from blocks.checkpoint import write_child
 from blocks.child.layout import as_config, expected_tensors
@@ -128,7 +128,7 @@ def rounded_layers(
         return
     tokens = calibration_text(child, packing)
     sweep = Sweep(_as_parent(child), device, torch.float32, resident=False).of(masters)
-    yield from gptq_layers(sweep, rewrite.architecture, tokens, nearest=nearest, on_layer=on_layer)
+    yield from calibrated_layers(sweep, rewrite.architecture, tokens, nearest=nearest, on_layer=on_layer)
 
 
 def calibration_text(child: Child, packing: Packing) -> Tensor:

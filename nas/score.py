@@ -35,9 +35,10 @@ from blocks.ranks import ALONE, Ranks
 from blocks.spec import Architecture, LayerSpec
 from blocks.sweep import StreamCheckpoints
 from distill.block_local import LocalConfig, distill_layer
+from distill.metrics import peak_memory
 from nas.config import ESTIMATORS
 from nas.data import load_pack, prepare_data, to_tokens
-from nas.engine import Arrangement, make_sweep, peak_memory
+from nas.engine import Arrangement, make_sweep
 from nas.engine_config import EngineConfig
 from nas.exact import ExactScores, run_reference
 from nas.guard import guard_set

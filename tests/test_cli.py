@@ -90,6 +90,20 @@ def test_show_draws_as_wide_as_the_terminal(world: World, monkeypatch: pytest.Mo
     assert [line.split() for line in lines if line.startswith("layer  ")] == [["layer", "0", "1"], ["layer", "2", "3"]]
 
 
+def test_rows_of_another_amount_of_text_are_measured_again(world: World, tmp_path: Path) -> None:
+    """A search on a CPU measures less of the held-out text than healing on a GPU."""
+    run = world.copy("searched", tmp_path / "run")
+    found = json.loads((run / "architecture.json").read_text())
+    wrong = {"tokens": 1, **{name: {"kl": 9.0, "perplexity": 9.0} for name in ("parent", "child", "uniform")}}
+    (run / "architecture.json").write_text(json.dumps(found | {"heldout": wrong}))
+    rows = succeed("distill", "--run", run, *HEALING, "--json").json["rows"]
+    kls = {row["name"]: row["kl"] for row in rows[:-1]}
+    wanted = {name: found["heldout"][name]["kl"] for name in ("child", "uniform")}
+    assert kls == pytest.approx(
+        {"parent": 0.0, "uniform baseline": wanted["uniform"], "child before healing": wanted["child"]}
+    )
+
+
 def test_another_budget_needs_no_other_scores_and_forgets_old_results(world: World, tmp_path: Path) -> None:
     run = world.copy("healed", tmp_path / "run")
     scores = stamps(run)["scores.csv"]

@@ -24,7 +24,7 @@ from tiny import LLAMA3_ROPE, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from blocks.calibrated import gptq_layers, nearest_layers
+from blocks.calibrated import calibrated_layers, nearest_layers
 from blocks.canonical import Form, canonical
 from blocks.checkpoint import load_child, write_child
 from blocks.child.layout import as_config, expected_tensors, read_architecture
@@ -397,7 +397,7 @@ def test_layers_come_out_of_a_sweep_as_they_are_served(tiny_sweep: Callable[...,
     sweep = tiny_sweep(hidden_size=128, head_dim=32)
     architecture = Architecture.from_list(["attention:kv2@nvfp4+ffn:512@fp8", *["attention:kv2+ffn:512@int4"] * 3])
     tokens, seen = torch.from_numpy(text().astype("int64")), []
-    made = list(gptq_layers(sweep, architecture, tokens, on_layer=seen.append))
+    made = list(calibrated_layers(sweep, architecture, tokens, on_layer=seen.append))
     assert seen == [0, 1, 2, 3] and all(isinstance(layer.weights, RoundedWeights) for layer in made)
     stream, math = sweep.embed(tokens[:1], torch.float32), sweep.math(48)
     for layer in made:
