@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from blocks.child.layout import expected_tensors
+from blocks.child.layout import as_config, expected_tensors, read_architecture, read_config
 from blocks.digest import sample_file
 from blocks.errors import CheckpointError, ConfigError, UnsupportedModelError
 from blocks.families import Family, family_of
@@ -102,6 +102,12 @@ def open_parent(name: str) -> Parent:
     store.check(expected_tensors(shape, shape.parent_architecture))
     _ = store.dtype  # refuses quantized storage that config.json does not mention
     return Parent(name, directory, config, shape, family, _fingerprint(config, shape, store))
+
+
+def child_as_parent(path: Path) -> Parent:
+    """A child in a parent's place, for a sweep over its own layers (`Sweep.of`). Raises CheckpointError for a config.json of nothing else."""
+    shape, _ = read_architecture(path)
+    return Parent(str(path), path, as_config(read_config(path)), shape, family_of("llama"), "")
 
 
 def _directory_of(name: str) -> Path:

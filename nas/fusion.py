@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from blocks.checkpoint import check_child, read_architecture, write_child
-from blocks.child.layout import as_config, read_config
 from blocks.digest import sample_file
 from blocks.errors import ConfigError
-from blocks.families import FAMILIES
 from blocks.files import remove_directory, save_json
 from blocks.fuse import Run as FusedRun
 from blocks.fuse import ffn_stretches, fused_architecture, fused_layers, fused_width
-from blocks.parent import Parent
+from blocks.parent import Parent, child_as_parent
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
 from blocks.weights import EMBEDDING, FINAL_NORM, HEAD
@@ -87,9 +85,7 @@ class Task:
 def open_sweep(path: Path, device: torch.device) -> Sweep:
     """A sweep over a child's own layers, embedding, norm and head. Raises CheckpointError as `check_child`."""
     check_child(path)
-    shape, _ = read_architecture(path)
-    config = as_config(read_config(path))
-    return make_sweep(Parent(str(path), path, config, shape, FAMILIES["llama"], ""), device)
+    return make_sweep(child_as_parent(path), device)
 
 
 def plan_fusion(source: Path, out: Path, config: FusionConfig, scenario: Scenario, on_gpu: bool) -> dict[str, Any]:

@@ -75,7 +75,9 @@ def run_distill(
         measured |= {UNROUNDED.format(name): run.path(name) for name in ("child", "healed")}
     pack = load_pack(run.path("data") / "heldout.npy")
     heldout = measure(parent, measured, pack, device, reporter, unrounded=measured.keys() - {"healed"})
-    if heldout["tokens"] != found["heldout"]["tokens"]:  # the search ran on a device that measures more of the text, or less
+    if (
+        heldout["tokens"] != found["heldout"]["tokens"]
+    ):  # the search ran on a device that measures more of the text, or less
         before = {name: run.path(name) for name in ("child", "uniform") if run.has(f"{name}/config.json")}
         found = {**found, "heldout": measure(parent, before, pack, device, reporter)}
     result = {

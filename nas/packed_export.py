@@ -17,11 +17,10 @@ from torch import Tensor
 from blocks.calibrated import CalibratedLayer, calibrated_layers, nearest_layers, needs_text
 from blocks.canonical import Rewrite
 from blocks.checkpoint import write_child
-from blocks.child.layout import as_config, expected_tensors
+from blocks.child.layout import expected_tensors
 from blocks.errors import ConfigError
-from blocks.families import family_of
 from blocks.layer import Weights
-from blocks.parent import Parent
+from blocks.parent import child_as_parent
 from blocks.rounded import subblock_bytes
 from blocks.sweep import Sweep
 from nas.config import QUANTIZERS
@@ -127,7 +126,7 @@ def rounded_layers(
                 on_layer(layer.index)
         return
     tokens = calibration_text(child, packing)
-    sweep = Sweep(_as_parent(child), device, torch.float32, resident=False).of(masters)
+    sweep = Sweep(child_as_parent(child.path), device, torch.float32, resident=False).of(masters)
     yield from calibrated_layers(sweep, rewrite.architecture, tokens, nearest=nearest, on_layer=on_layer)
 
 
@@ -165,8 +164,3 @@ def _tensors(child: Child, rewrite: Rewrite, layers: Iterator[CalibratedLayer]) 
                 yield f"{prefix}{name}", tensor.to(child.store.dtype)
         for module, matrix in layer.matrices.items():
             yield from ((f"{prefix}{module}.{part}", tensor) for part, tensor in matrix.tensors().items())
-
-
-def _as_parent(child: Child) -> Parent:
-    """The child in the place of a parent, for a sweep that reads its embedding."""
-    return Parent(str(child.path), child.path, as_config(child.content), child.shape, family_of("llama"), "")
