@@ -22,9 +22,10 @@ from blocks.refit import refit_sweep
 from blocks.rounded_model import round_model
 from distill.config import DistillConfig
 from distill.trainer import heal
-from nas.config import build, qad_rate
+from nas.config import build
 from nas.data import DataConfig, load_pack, prepare_data, to_tokens
 from nas.engine import make_sweep
+from nas.heal_stages import qad_rate
 from nas.measure import load_parent_model
 
 HOLD = 1000.0  # pseudo-tokens of the refit sweep, as of `nas search`

@@ -132,7 +132,7 @@ def _refit_subblock(
     """
     math = sweep.math(stream.shape[1])
     if spec is not None and stored is not None:
-        _choose_first(sweep, own, spec, stream, stored)
+        _choose_first(sweep, own, spec, stream, math, stored)
     served = own if spec is None else round_layer(own, spec)
     statistics, name = None, ""
     for _, (h, wanted) in sweep.read(stream, goal):
@@ -159,7 +159,9 @@ def _refit_subblock(
     return moved
 
 
-def _choose_first(sweep: Sweep, own: dict[str, Tensor], spec: LayerSpec, stream: Tensor, stored: torch.dtype) -> None:
+def _choose_first(
+    sweep: Sweep, own: dict[str, Tensor], spec: LayerSpec, stream: Tensor, math: LayerMath, stored: torch.dtype
+) -> None:
     """Chooses q/k/v, or gate/up, in `own`, of the subblock that `spec` is of."""
     for group in shared_matrices(own):
         norm = {"self_attn.q_proj": ATTENTION_NORM, "mlp.gate_proj": FFN_NORM}.get(group[0])
@@ -167,7 +169,7 @@ def _choose_first(sweep: Sweep, own: dict[str, Tensor], spec: LayerSpec, stream:
             continue
         statistics = Statistics(stream.shape[-1], 0, sweep.device)
         for _, (h,) in sweep.read(stream):
-            inputs = rms_norm(h.float(), own[norm], sweep.math(stream.shape[1]).rms_norm_eps)
+            inputs = rms_norm(h.float(), own[norm], math.rms_norm_eps)
             statistics.add(inputs, inputs[..., :0])
         _choose(own, spec, group, statistics.reduce(sweep.ranks).gram, stored)
 

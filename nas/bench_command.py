@@ -90,9 +90,7 @@ def _children(
 ) -> dict[str, Architecture]:
     if architecture is None:
         return {MADE: made_child(space, shape, scenario, HALF)}
-    given = Architecture.load(
-        architecture
-    ).structure  # what is timed computes in one dtype, whatever its number formats
+    given = Architecture.load(architecture).structure  # what is timed computes in one dtype
     if len(given) != shape.num_hidden_layers:
         raise ConfigError(
             f"--architecture {architecture} has {len(given)} layers, the parent {shape.num_hidden_layers}: "

@@ -41,8 +41,8 @@ from distill.progress import HealResult
 from distill.stages import Stage, frozen_copy, heal_in_stages, stage_names
 from distill.trainer import heal
 from nas.commands.distill import child_of
-from nas.config import build_stages, qad_rate
 from nas.data import load_pack
+from nas.heal_stages import build_stages, qad_rate
 from nas.measure import measure
 from nas.packed_export import made_for_nearest
 from nas.progress import Reporter

@@ -28,8 +28,9 @@ from distill.progress import HealResult
 from distill.stages import Stage, heal_in_stages
 from distill.trainer import heal
 from distill.watch import FEWEST, LossWatch, has_settled
-from nas.config import build_stages, load_recipe
+from nas.config import load_recipe
 from nas.documents import load_documents
+from nas.heal_stages import build_stages
 
 STEP = CONFIG.step_tokens
 KL, CE = replace(CONFIG, tokens=6 * STEP), replace(CONFIG, loss="ce", tokens=4 * STEP, sequence_length=8)

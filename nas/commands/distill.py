@@ -106,7 +106,8 @@ def distill(
     arguments = locals()
     from blocks.ranks import join
     from distill.config import DistillConfig
-    from nas.config import build_stages, load_recipe
+    from nas.config import load_recipe
+    from nas.heal_stages import build_stages
 
     ranks, place = join(pick_device(device))
     flags = settings_of(DistillConfig, arguments, device="cpu" if place.type == "cpu" else None)
