@@ -10,7 +10,7 @@ parent on other text until they are off it, and all other parts take that one; t
     parent       trained off the grid; KL of the parent in each format before and after, to itself
     additivity   structure + precision against joint true KLs of single layers
     budgets      held-out KL at shares of the parent's bf16 weights + KV: structure only, best uniform format on the parent, best
-                 structure in a uniform format, joint; rounded to nearest, and by GPTQ
+                 structure in a uniform format, joint; those searched and rounded to nearest, and by GPTQ (--quantizers)
     gptq         round to nearest against GPTQ, whole parent, each format, calibrated on the fitting text
     qad          quantization-aware distillation of the whole parent: by KL and by cross-entropy, against rounding alone
     healed       children of `budgets`, healed on the same tokens: structure only; joint, in bf16 and then rounded, or rounded throughout
@@ -44,7 +44,7 @@ from distill.trainer import heal
 from nas.additivity import Additivity
 from nas.assemble import Assembler, Child
 from nas.baselines import CHILD_PRECISION, PARENT_PRECISION
-from nas.config import ON_GPU, DataConfig, RunConfig, ScoreConfig, SearchConfig, build
+from nas.config import ON_GPU, QUANTIZERS, DataConfig, RunConfig, ScoreConfig, SearchConfig, build
 from nas.costs import CostModel, Scenario
 from nas.data import load_pack, prepare_data, to_tokens
 from nas.engine import make_sweep
@@ -210,25 +210,23 @@ class Bench:
         ]
 
     def at_budget(self, run: Run, parent: Parent, share: float) -> Iterator[dict[str, Any]]:
-        file = self.work / f"budget-{share}.json"
-        if file.exists():
-            yield from json.loads(file.read_text())
-            return
-        rows = []
-        structure, took = self.search(run, parent, share, "bf16", "bfloat16")
-        rows.append(self.row("structure only", structure, Architecture.from_list(structure.done_layers), share, took))
-        joint, took = self.search(run, parent, share, SEARCHED, KV_DTYPES)
-        for name, key in (("parent, one format", PARENT_PRECISION), ("structure, one format", CHILD_PRECISION)):
-            if key in joint.baselines:
-                rows.append(self.row(name, joint, joint.baselines[key], share, 0.0))
-        rows.append(self.row("joint", joint, Architecture.from_list(joint.done_layers), share, took))
-        tell(file, rows)
-        yield from rows
+        yield from self.searched(run, parent, share, "structure only", "bf16", "bfloat16", "nearest")
+        for quantizer in self.chosen.quantizers:
+            name = "joint" if quantizer == "nearest" else "joint, GPTQ"
+            yield from self.searched(run, parent, share, name, SEARCHED, KV_DTYPES, quantizer)
 
-    def search(self, run: Run, parent: Parent, share: float, precisions: str, kv: str) -> tuple[Any, float]:
+    def searched(
+        self, run: Run, parent: Parent, share: float, name: str, precisions: str, kv: str, quantizer: str
+    ) -> list[dict[str, Any]]:
+        """The rows of one search: what it is compared with, and its child."""
+        file = self.work / f"budget-{share}-{slug(name)}.json"
+        if file.exists():
+            found: list[dict[str, Any]] = json.loads(file.read_text())
+            return found
         flags = {
             "budget": share,
             "precisions": precisions,
+            "quantizer": quantizer,
             "finalists": 1,
             **(SMALL_SEARCH if self.small else {"trials": 40}),
         }
@@ -236,31 +234,32 @@ class Bench:
         started, scenario = time.perf_counter(), Scenario(kv_dtype=kv)
         score_precisions(run, parent, config, scenario, self.device, self.reporter)
         scenario = choose_kv_dtype(run, parent.shape, config, scenario, self.reporter)
-        search: Any = Search(run, parent, config, scenario, self.device, self.reporter, DistillConfig())
-        search.done_layers = search.run_all()["layers"]
-        return search, time.perf_counter() - started
+        search = Search(run, parent, config, scenario, self.device, self.reporter, DistillConfig())
+        layers = search.run_all()["layers"]
+        took = time.perf_counter() - started
+        by = ", GPTQ" if quantizer == "gptq" else ""
+        compared = ((f"parent, one format{by}", PARENT_PRECISION), (f"structure, one format{by}", CHILD_PRECISION))
+        rows = [
+            self.row(each, search, search.baselines[key], share) for each, key in compared if key in search.baselines
+        ]
+        rows.append(self.row(name, search, Architecture.from_list(layers), share) | {"seconds": round(took, 1)})
+        tell(file, rows)
+        return rows
 
-    def row(self, name: str, search: Search, architecture: Architecture, share: float, took: float) -> dict[str, Any]:
+    def row(self, name: str, search: Search, architecture: Architecture, share: float) -> dict[str, Any]:
         heldout = self.text("heldout")
-        assembler: Assembler = replace(search.assembler, verify_tokens=heldout, stored=torch.bfloat16, _hidden=None)
-        kls = {}
-        for way in ("nearest", "gptq") if architecture.rounded else ("nearest",):
-            child: Child = assembler.assemble(architecture, final=way == "gptq")
-            kls[way] = float(assembler.true_kl(child).mean())
-            if name in ("structure only", "joint"):
-                called = name if way == "nearest" else f"{name}, GPTQ"
-                assembler.write(child, self.work / "children" / f"{slug(called)}-{share}", "bfloat16")
+        assembler: Assembler = replace(search.assembler, verify_tokens=heldout, _hidden=None)
+        child: Child = assembler.assemble(architecture)
+        assembler.write(child, self.work / "children" / f"{slug(name)}-{share}", "bfloat16")
         cost = search.candidates.costs.cost(architecture)
         row = {
             "budget": share,
             "name": name,
-            "kl": kls["nearest"],
-            "gptq": kls.get("gptq"),
+            "kl": float(assembler.true_kl(child).mean()),
             "gb": cost.gb,
             "kv_dtype": search.scenario.kv_dtype,
             "precisions": shares(architecture),
             "skipped": sum(layer.attention.kind == "skip" for layer in architecture),
-            "seconds": round(took, 1),
             "layers": architecture.to_list(),
         }
         print({key: value for key, value in row.items() if key != "layers"}, flush=True)
@@ -317,11 +316,13 @@ class Bench:
         parent, rows = self.parent(), []
         teacher = load_parent_model(parent, self.device)
         train, heldout = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
-        for share in BUDGETS[:1] if self.small else [each for each in HEALED if each in self.chosen.budgets]:
+        for share in self.chosen.budgets[:1] if self.small else [each for each in HEALED if each in self.chosen.budgets]:
             for name, (child, stages) in WAYS.items():
                 file = self.work / f"healed-{share}-{slug(name)}.json"
+                directory = self.work / "children" / f"{slug(child)}-{share}"
+                if not directory.exists():  # by a quantizer that was not asked for
+                    continue
                 if not file.exists():
-                    directory = self.work / "children" / f"{slug(child)}-{share}"
                     _, architecture = read_architecture(directory)
 
                     def load(config: DistillConfig, directory: Path = directory) -> tuple[Any, Any]:
@@ -372,15 +373,14 @@ def tables(found: dict[str, Any]) -> None:
                 print(f"| {name} | " + " | ".join(f"{value:.2%}" for value in errors.values()) + " |")
     if budgets := found.get("budgets"):
         print(
-            "\n| budget | child | held-out KL | by GPTQ | GB | KV cache | subblocks by format | attentions skipped | search s |\n|"
-            + "---|" * 9
+            "\n| budget | child | held-out KL | GB | KV cache | subblocks by format | attentions skipped | search s |\n|"
+            + "---|" * 8
         )
         for row in budgets:
             formats = ", ".join(f"{count} {name}" for name, count in row["precisions"].items())
-            by_gptq = "" if row["gptq"] is None else f"{row['gptq']:.4f}"
             print(
-                f"| {row['budget']} | {row['name']} | {row['kl']:.4f} | {by_gptq} | {row['gb']:.4f} | {row['kv_dtype']} | {formats} "
-                f"| {row['skipped']} | {row['seconds'] or ''} |"
+                f"| {row['budget']} | {row['name']} | {row['kl']:.4f} | {row['gb']:.4f} | {row['kv_dtype']} | {formats} "
+                f"| {row['skipped']} | {row.get('seconds', '')} |"
             )
     if gptq := found.get("gptq"):
         print("\n| format | bits a weight | nearest | GPTQ | ratio | s |\n|" + "---|" * 6)
@@ -422,6 +422,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("runs/precision"))
     arguments.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     arguments.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    arguments.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
     arguments.add_argument("--out", type=Path)
     arguments.add_argument("--small", action="store_true", help="few tokens, on the CPU: a check of this script")
     chosen = arguments.parse_args()

@@ -57,7 +57,7 @@ def main() -> None:
         "eval_every": 0,
         "eval_tokens": chosen.eval_tokens,
         "checkpoint_every": 0,
-        "device": device.type,
+        "device": "cpu" if device.type == "cpu" else None,
     }
     config = build(DistillConfig, {}, settings, device.type)
 

@@ -125,9 +125,11 @@ def _sweep(
     group = format.group or columns
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = _factor(gram[order[:, None], order], damping)
-    given, steps = weight.T[order], nearest.scales.steps.T[order // group]
-    limits, largest = (each.T[order] for each in _largest(weight, group))
-    rest, codes = given.clone(), []
+    shares = factor / factor.diagonal()[:, None]  # of a column's error, what each later one takes over
+    rest, steps = weight.T[order], nearest.scales.steps.T[order // group]
+    if stored is not None:
+        limits, largest = (each.T[order] for each in _largest(weight, group))
+        low, high = (torch.where(largest, rest, limit) for limit in (-limits, limits))
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         part = rest[start:end]
@@ -135,15 +137,13 @@ def _sweep(
         for i, column in enumerate(range(start, end)):
             put = part[i]
             if stored is not None:
-                put = put.clamp(-limits[column], limits[column]).to(stored).float()
-                put = torch.where(largest[column], given[column], put)
-            codes.append(format.round(put / steps[column]))
-            errors[i] = (part[i] - codes[-1].float() * steps[column]) / factor[column, column]
+                put = put.clamp(low[column], high[column]).to(stored).float()
+            torch.sub(part[i], format.round(put / steps[column]) * steps[column], out=errors[i])
             part[i] = put
-            part[i + 1 :].addr_(factor[column, column + 1 : end], errors[i], alpha=-1)
-        rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+            part[i + 1 :].addr_(shares[column, column + 1 : end], errors[i], alpha=-1)
+        rest[end:].addmm_(shares[start:end, end:].T, errors, alpha=-1)
     back = order.argsort()
-    return torch.stack(codes)[back].T.contiguous(), rest[back].T.contiguous()
+    return format.round(rest / steps)[back].T.contiguous(), rest[back].T.contiguous()
 
 
 def _largest(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class Assembler:
         pseudo_tokens: of the refit sweep; None for no refit.
         build: puts candidates that a child needs into the library, where it does not hold all.
         kv: dtype of the children's KV cache; None is that of the computation.
-        stored: dtype in which children are written, if GPTQ chooses the weights of those; None: all are rounded to nearest.
+        stored: dtype in which children are written, if GPTQ chooses the weights of what is rounded; None: to nearest.
     """
 
     sweep: Sweep
@@ -82,10 +82,8 @@ class Assembler:
             self._opened[index] = library
         return library
 
-    def assemble(
-        self, architecture: Architecture, description: str = "", refit: bool = True, final: bool = False
-    ) -> Child:
-        """Takes each layer from the library and, unless switched off, runs the refit sweep; by GPTQ, if so told, of a final child."""
+    def assemble(self, architecture: Architecture, description: str = "", refit: bool = True) -> Child:
+        """Takes each layer from the library and, unless switched off, runs the refit sweep."""
         structure = architecture.structure
         if self.build is not None:
             self.build(structure)
@@ -99,9 +97,8 @@ class Assembler:
             return Child(architecture, layers)
         with self.reporter.task(f"Refitting {description}", len(layers)) if description else nullcontext() as advance:
             told = (lambda _: advance()) if advance is not None else None
-            text, hold = self.fit_tokens, self.pseudo_tokens
-            stored = self.stored if final else None
-            refitted = refit_sweep(self.sweep, layers, changed, text, hold, told, architecture.layers, self.kv, stored)
+            text, hold, specs = self.fit_tokens, self.pseudo_tokens, architecture.layers
+            refitted = refit_sweep(self.sweep, layers, changed, text, hold, told, specs, self.kv, self.stored)
         return Child(architecture, list(refitted))
 
     def true_kl(self, child: Child, rows: slice = slice(None)) -> Tensor:

@@ -102,7 +102,7 @@ class SearchConfig:
     precision_tokens: int = 8192
     """Calibration tokens for the scores of precisions."""
     quantizer: str = "nearest"
-    """How children with precisions are written: "nearest", or "gptq": with weights that GPTQ on the fitting text has chosen."""
+    """How what has a precision is rounded, in scores, trials and the child: to "nearest", or by "gptq" on the fitting text."""
     verify: int = 8
     """How many near-optima of the additive problem are assembled, refitted and measured by true KL."""
     distance: int = 3
@@ -160,9 +160,11 @@ class SearchConfig:
             _ = self.shares
         require("precisions", self.precisions, bool(self.precisions.strip(" ,")), "formats, such as bf16,fp8,nvfp4")
         require("quantizer", self.quantizer, self.quantizer in QUANTIZERS, " or ".join(QUANTIZERS))
-        require(
-            "quantizer", self.quantizer, self.refit or self.quantizer == "nearest", "nearest without the refit sweep"
-        )
+        if self.quantizer != "nearest":
+            require("quantizer", self.quantizer, self.refit, "nearest without the refit sweep")
+            require(
+                "quantizer", self.quantizer, set(self.precisions.split(",")) > {"bf16"}, "nearest without --precisions"
+            )
         require("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
         for name in (

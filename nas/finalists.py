@@ -140,16 +140,15 @@ class ShortHeals:
 
     def choose(self, finalists: Sequence[Finalist]) -> tuple[Finalist, list[dict[str, Any]]]:
         """The finalist that heals best, and what was measured of each."""
-        curves: dict[str, dict[str, Any]] = {}
+        curves: dict[str, list[dict[str, Any]]] = {}
         left = list(finalists)
         rounds = rungs(len(finalists), self.config.tokens)
         for count, tokens in rounds:
             for finalist in left[:count]:
-                made = self.study, str(self.assembler.stored)
-                key = digest(*made, finalist.architecture.to_list(), to_dict(self.config), rounds)
+                key = digest(self.study, finalist.architecture.to_list(), to_dict(self.config), rounds)
                 curves[finalist.name] = self._heal(finalist, tokens, key)
-            left = sorted(left[:count], key=lambda finalist: curves[finalist.name]["rounds"][-1]["kl"])
-            best = curves[left[0].name]["rounds"][-1]["kl"]
+            left = sorted(left[:count], key=lambda finalist: curves[finalist.name][-1]["kl"])
+            best = curves[left[0].name][-1]["kl"]
             self.reporter.say(f"  {count} finalists after {tokens:,} tokens: best {left[0].name}, KL {best:.4f}")
         told = [
             {
@@ -157,36 +156,30 @@ class ShortHeals:
                 "origin": origin_of(finalist.trial),
                 "layers": finalist.architecture.to_list(),
                 "chosen": finalist is left[0],
-                "heal": self._points(finalist, curves[finalist.name]),
+                "heal": [{"tokens": 0, "kl": finalist.trial.value}, *curves[finalist.name]],
             }
             for finalist in finalists
         ]
         return left[0], told
 
-    def _points(self, finalist: Finalist, curve: dict[str, Any]) -> list[dict[str, Any]]:
-        """A curve from no tokens on, where the KL is the trial's; or, of weights chosen by GPTQ, which no trial has, as healed."""
-        kl = finalist.trial.value
-        return [{"tokens": 0, "kl": kl if self.assembler.stored is None else curve.get("before", kl)}, *curve["rounds"]]
-
-    def _heal(self, finalist: Finalist, tokens: int, key: str) -> dict[str, Any]:
-        """Heals one finalist up to `tokens`; returns its curve: its KL before the first round, and what it was after every one."""
+    def _heal(self, finalist: Finalist, tokens: int, key: str) -> list[dict[str, Any]]:
+        """Heals one finalist up to `tokens`; returns its curve, what it was after every round."""
         directory = self.run.path(self.where) / finalist.name
         until = max(1, math.ceil(tokens / self.config.step_tokens))
         known = self.run.read_if(f"{self.where}/{finalist.name}/curve.json")
         if not isinstance(known, dict) or known.get("key") != key:
             shutil.rmtree(directory, ignore_errors=True)
             save_json(directory / "curve.json", known := {"key": key, "rounds": []})
-        rounds: list[dict[str, Any]] = known["rounds"]
-        if rounds and rounds[-1]["steps"] >= until:
-            return known
+        curve: list[dict[str, Any]] = known["rounds"]
+        if curve and curve[-1]["steps"] >= until:
+            return curve
         if not (directory / "child" / "config.json").exists():
-            child = self.assembler.assemble(finalist.architecture, final=True)
+            child = self.assembler.assemble(finalist.architecture)
             self.assembler.write(child, directory / "child", self.weight_dtype)
         result = self._run(finalist.architecture, directory, until)
         done = {"tokens": result.tokens, "steps": result.steps, "kl": result.after.kl, "kl_se": result.after.kl_se}
-        curve = {"key": key, "before": result.before.kl, "rounds": [*rounds, done]}
-        save_json(directory / "curve.json", curve)
-        return curve
+        save_json(directory / "curve.json", {"key": key, "rounds": [*curve, done]})
+        return [*curve, done]
 
     def _run(self, architecture: Architecture, directory: Path, until: int) -> Any:
         if self._teacher is None:

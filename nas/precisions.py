@@ -1,16 +1,18 @@
 """Scores of precision: what it hurts to hold one subblock in another number format, structure aside.
 
     run/scores/precision-nvfp4_007.json     per sequence, made in one pass as the scores of structure are (nas/scoring.py)
-    run/scores/kl-attention-nvfp4.json      true KL of the parent with all its attentions in the format
+    run/scores/kl-attention-nvfp4.json      true KL of the parent with all its attentions in the format (kl-gptq-...: by GPTQ)
     run/scores/precisions.json              how many calibration tokens both are of
     run/precisions.csv                      in nats per token, one row for each layer, candidate and format
+    run/precisions-gptq.csv                 the same for children that GPTQ rounds
 
 A candidate with a precision scores what its structure scores plus what its format does: one measurement for each structure
 and format instead of one for each pair of pairs. (`nas score --verify-additivity` measures how true the sum is.) The change
 of a format is that from the candidate in bf16 to the same one rounded, so a narrower FFN has a number of its own. An fp8 KV
 cache is one more such format, "kv-float8", of an attention.
 
-One-pass values are brought to nats by the true KL of the parent with all its attentions, or all its FFNs, in the format.
+One-pass values are brought to nats by the true KL of the parent with all its attentions, or all its FFNs, in the format. They are of
+rounding to nearest; if GPTQ is to round the children, so is that parent, and the factor then holds what GPTQ saves.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blocks.calibrated import calibrated_layers
 from blocks.engines import ENGINES
 from blocks.errors import CheckpointError, ConfigError
 from blocks.files import save_json, save_text
@@ -34,7 +37,7 @@ from blocks.layer import LayerMath, Weights, layer_forward
 from blocks.library import BlockLibrary, LayerLibrary
 from blocks.parent import Parent
 from blocks.rounded import round_layer
-from blocks.spec import BF16, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
 from blocks.sweep import StreamCheckpoints, Sweep
 from nas.costs import CostModel, Scenario
 from nas.data import load_pack, to_tokens
@@ -53,6 +56,11 @@ COLUMNS = ("layer", "candidate", "precision", "score", "one_pass", "nats_per_one
 Key = tuple[int, str, str]
 """Layer, structure of a subblock, precision."""
 Subblock = AttentionSpec | FFNSpec
+
+
+def table_of(quantizer: str) -> str:
+    """The file in a run with the scores of formats."""
+    return "precisions.csv" if quantizer == "nearest" else f"precisions-{quantizer}.csv"
 
 
 def parse_precisions(text: str) -> tuple[str, ...]:
@@ -85,8 +93,9 @@ class PrecisionScores:
     def _value(self, layer: int, structure: Subblock, precision: str) -> float:
         key = layer, str(structure), precision
         if key not in self.values:
-            run = "a search without --dry-run" if precision == KV8 else f"`nas score --precisions {precision}`"
-            raise ConfigError(f"precisions.csv has no {precision} of {structure} in layer {layer}; {run} makes it")
+            raise ConfigError(
+                f"no score of {precision} of {structure} in layer {layer}; a search without --dry-run makes it"
+            )
         return self.values[key]
 
 
@@ -99,9 +108,7 @@ def load_precisions(path: Path) -> PrecisionScores:
                 for row in csv.DictReader(file)
             }
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is not there; run `nas score --precisions bf16,fp8,nvfp4`, or the search without --dry-run"
-        ) from None
+        raise CheckpointError(f"{path} is not there; a search without --dry-run makes it") from None
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); delete it and run `nas score` again") from error
     return PrecisionScores(rows)
@@ -139,6 +146,7 @@ class PrecisionScoring:
     Attributes:
         tokens: of the calibration text, if no format of the run was scored before: all are scored on the text of the first.
             Rounding changes every token alike, so few will do.
+        quantizer: "nearest" or "gptq": how the children will be rounded.
     """
 
     run: Run
@@ -146,6 +154,7 @@ class PrecisionScoring:
     device: torch.device
     reporter: Reporter
     tokens: int
+    quantizer: str = "nearest"
 
     def __post_init__(self) -> None:
         known = self.run.read_if(TEXT)
@@ -175,7 +184,7 @@ class PrecisionScoring:
 
     def ensure(self, precisions: Sequence[str]) -> PrecisionScores:
         """Scores what is missing of these precisions and returns all that is known."""
-        path = self.run.path("precisions.csv")
+        path = self.run.path(table_of(self.quantizer))
         missing = {
             layer: names
             for layer in self.parent.shape.layers
@@ -228,7 +237,7 @@ class PrecisionScoring:
         return found
 
     def _write(self, path: Path, precisions: Sequence[str]) -> None:
-        """precisions.csv from the files, with the factors that true KLs give."""
+        """The table from the files, with the factors that true KLs give."""
         values = self._values(precisions)
         factors = self._factors(precisions, values)
         own = {"attention": self.parent.shape.parent_layer.attention, "ffn": self.parent.shape.parent_layer.ffn}
@@ -276,7 +285,8 @@ class PrecisionScoring:
 
     def _kl_in(self, part: Subblock, precision: str) -> float:
         """Of the parent with one kind of subblock in a format in every layer, nats per token. Measured once on the same text."""
-        file, tokens = f"scores/kl-{kind_of(part)}-{precision}.json", self.text.numel()
+        by = "gptq-" if self.quantizer == "gptq" and precision not in KV_DTYPES else ""
+        file, tokens = f"scores/kl-{by}{kind_of(part)}-{precision}.json", self.text.numel()
         known = self.run.read_if(file)
         if not isinstance(known, dict) or known.get("tokens") != tokens:
             known = {"tokens": tokens, "kl": self._measured_kl_in(part, precision)}
@@ -287,7 +297,11 @@ class PrecisionScoring:
         if precision in KV_DTYPES:
             return self.true_kl(self.layers, KV_DTYPES[precision])
         spec = in_precision(self.parent.shape.parent_layer, part, precision)
-        return self.true_kl([round_layer(weights, spec) for weights in self.layers])
+        if self.quantizer == "nearest":
+            return self.true_kl([round_layer(weights, spec) for weights in self.layers])
+        fit = to_tokens(load_pack(self.run.path("data") / "fit.npy"), None, self.device)
+        whole = Architecture.uniform(self.parent.shape.num_hidden_layers, spec)
+        return self.true_kl([layer.weights for layer in calibrated_layers(self.sweep, whole, fit)])
 
     @property
     def layers(self) -> list[Weights]:

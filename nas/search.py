@@ -47,7 +47,7 @@ from nas.study import Ledger, architecture_of
 from nas.trials import Trials, meets_limits, origin_of, pruner
 from nas.turns import turn
 
-FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune", "quantizer")
+FREE = ("trials", "finalists", "heal_tokens", "storage", "verify", "path_steps", "sampler", "prune")
 """Settings that another search with the same ledger may change: they say what is measured, not what comes out."""
 
 
@@ -321,7 +321,7 @@ class Search:
             remove_directory(self.run.path(f"{self.where}/uniform"))
         earlier = self.run.path(f"{self.where}/architecture.json")
         for name, wanted in children.items():
-            child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "", final=True)
+            child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "")
             self.assembler.write(child, self.run.path(f"{self.where}/{name}"), self.scenario.weight_dtype)
             earlier.unlink(missing_ok=True)  # its child is gone now
         directories = {name: self.run.path(f"{self.where}/{name}") for name in children}

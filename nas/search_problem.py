@@ -20,6 +20,7 @@ from nas.precisions import (
     load_precisions,
     parse_precisions,
     require_served,
+    table_of,
     to_score,
     with_precisions,
 )
@@ -44,7 +45,7 @@ def load_candidates(
     costs = CostModel(shape, scenario, load_search_clock(shape, config, scenario))
     formats = parse_precisions(config.precisions)
     if to_score(formats, [scenario.kv_dtype]):
-        precisions = load_precisions(run.path("precisions.csv"))
+        precisions = load_precisions(run.path(table_of(config.quantizer)))
         table = with_precisions(table, precisions, formats, costs)
     return Candidates.of(table, costs, bounds_of(config.ranges_at(budget), costs), precisions)
 
@@ -62,15 +63,16 @@ def score_precisions(
     wanted = to_score(formats, scenario.kv_dtype.split(","))
     if wanted:
         with turn(run.path("config.yaml")):  # one worker makes them for all
-            PrecisionScoring(run, parent, device, reporter, config.precision_tokens).ensure(wanted)
+            tokens, quantizer = config.precision_tokens, config.quantizer
+            PrecisionScoring(run, parent, device, reporter, tokens, quantizer).ensure(wanted)
 
 
-def with_scored_kv_dtypes(run: Run, scenario: Scenario) -> Scenario:
+def with_scored_kv_dtypes(run: Run, config: SearchConfig, scenario: Scenario) -> Scenario:
     """The scenario without those of its KV dtypes that `score_precisions` has yet to score; as it is if that leaves none."""
     dtypes = scenario.kv_dtype.split(",")
     if len(dtypes) == 1:
         return scenario
-    known = known_precisions(run.path("precisions.csv"))
+    known = known_precisions(run.path(table_of(config.quantizer)))
     scored = [dtype for dtype in dtypes if known.issuperset(to_score((), [dtype]))]
     return replace(scenario, kv_dtype=",".join(scored)) if scored else scenario
 

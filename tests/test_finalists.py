@@ -164,19 +164,16 @@ def test_a_recipe_of_qad_from_the_healed_is_that_of_the_parent() -> None:
     assert not replace(config, qad=False).qad
 
 
-def heals_of(run: Run, config: DistillConfig, stored: torch.dtype | None = None) -> ShortHeals:
+def heals_of(run: Run, config: DistillConfig) -> ShortHeals:
     """Short heals of children that need not be written."""
-    assembler: Any = SimpleNamespace(stored=stored, assemble=lambda *_, **__: None, write=lambda *_: None)
+    assembler: Any = SimpleNamespace(assemble=lambda *_: None, write=lambda *_: None)
     place = torch.device("cpu")
     return ShortHeals(run, "study", "finalists", None, assembler, "bfloat16", config, place, Reporter(quiet=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 30, 31])
-@pytest.mark.parametrize("stored", [None, torch.bfloat16])
-def test_the_last_round_ends_with_the_schedule(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, stored: torch.dtype | None
-) -> None:
-    """Steps are rounded up. The curve begins with the KL that the trial had, unless GPTQ makes another child of what is healed."""
+def test_the_last_round_ends_with_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Steps are rounded up. The curve begins with the KL that the trial had."""
     config = DistillConfig(tokens=steps * 128 - 1, batch_sequences=4, sequence_length=32)
     _, trials = some_trials(tmp_path, [("optimum", 0.3, 0.0), ("path", 0.31, 0.0), ("swap", 0.32, 0.0)])
     asked: list[int] = []
@@ -184,13 +181,13 @@ def test_the_last_round_ends_with_the_schedule(
     def heal(self: ShortHeals, architecture: Architecture, directory: Path, until: int) -> Any:
         asked.append(until)
         after = SimpleNamespace(kl=0.2, kl_se=0.01)
-        return SimpleNamespace(tokens=until * 128, steps=until, before=SimpleNamespace(kl=0.25), after=after)
+        return SimpleNamespace(tokens=until * 128, steps=until, after=after)
 
     monkeypatch.setattr(ShortHeals, "_run", heal)
     run = Run(tmp_path, RunConfig(), "fingerprint")
     for _ in range(2):  # the second time all is known
-        _, told = heals_of(run, config, stored).choose(choose_finalists(trials, 3))
-        assert [f["heal"][0]["kl"] for f in told] == ([0.3, 0.31, 0.32] if stored is None else [0.25] * 3)
+        _, told = heals_of(run, config).choose(choose_finalists(trials, 3))
+        assert [f["heal"][0]["kl"] for f in told] == [0.3, 0.31, 0.32]
         assert [f["heal"][-1]["steps"] for f in told] == [steps, steps, math.ceil((config.tokens // 2) / 128)]
     assert max(asked) == config.steps == steps
 

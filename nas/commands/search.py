@@ -43,7 +43,7 @@ nas search --max-latency-ms 400,15 --clock H100           to the first token, pe
 
 nas search --budget 0.35 --precisions bf16,fp8,nvfp4 --kv-dtype bf16,fp8      number formats searched beside structure
 
-nas search --budget 0.35 --precisions bf16,fp8,nvfp4 --quantizer gptq      the same, the child rounded by GPTQ
+nas search --budget 0.35 --precisions bf16,fp8,nvfp4 --quantizer gptq      the same, every child rounded by GPTQ
 
 nas search --sweep 0.9:0.5:0.05                           a child for each of these budgets
 
@@ -97,7 +97,7 @@ def search(
     quantizer: Annotated[
         str | None,
         typer.Option(
-            help="How a child with precisions is rounded: nearest, or gptq, which nas distill then goes on from."
+            help="How what has a precision is rounded: nearest, or gptq: better and slower; nas distill goes on from it."
         ),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="True KLs in all.")] = None,
@@ -149,7 +149,7 @@ def search(
         from nas.plan import plan_search
 
         share = config.shares[-1] if config.sweep else None
-        scored = with_scored_kv_dtypes(opened_run, scenario)
+        scored = with_scored_kv_dtypes(opened_run, config, scenario)
         if scored != scenario:
             dtypes = f"KV cache in {scored.kv_dtype} alone, of {scenario.kv_dtype}"
             typer.echo(f"  planned with a {dtypes}: the search has yet to score the rest", err=True)
