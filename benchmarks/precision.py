@@ -13,7 +13,8 @@ parent on other text until they are off it, and all other parts take that one; t
                  structure in a uniform format, joint; those searched and rounded to nearest, and by GPTQ (--quantizers)
     gptq         round to nearest against GPTQ, whole parent, each format, calibrated on the fitting text
     qad          quantization-aware distillation of the whole parent: by KL and by cross-entropy, against rounding alone
-    healed       children of `budgets`, healed on the same tokens: structure only; joint, in bf16 and then rounded, or rounded throughout
+    healed       children of `budgets`, healed on the same tokens, at the full rate or by what they are hurt: structure only; joint, as its
+                 master and then rounded, or rounded throughout
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from nas.costs import CostModel, Scenario
 from nas.data import load_pack, prepare_data, to_tokens
 from nas.engine import make_sweep
 from nas.exact import kl_to_parent
+from nas.heal_stages import FULL_RATE_KL, qad_rate
 from nas.measure import load_parent_model
 from nas.precisions import PrecisionScoring
 from nas.progress import Reporter
@@ -92,26 +94,18 @@ SMALL_SEARCH = {
 }
 OFF_GRID = 4_000_000
 LEARNING = 3_000_000
-HEALED = (0.5, 0.35)
+HEALED = (0.7, 0.5, 0.35)
 HEALING = 9_400_000
+BY_DAMAGE: dict[str, Any] = {"full_rate_kl": FULL_RATE_KL}
+ROUNDED_LAST: dict[str, Any] = {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": qad_rate(576)}
 WAYS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
-    "structure only": ("structure only", ({},)),
-    "joint, 1/4 rounded (AdamW 1e-5)": (
-        "joint",
-        ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-5}),
-    ),
-    "joint, 1/4 rounded (AdamW 1e-4)": (
-        "joint",
-        ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-4}),
-    ),
-    "joint, rounded throughout": ("joint", ({"qad": True},)),
-    "joint, 1/2 rounded (Muon 5e-4)": ("joint", ({"share": 0.5}, {"share": 0.5, "qad": True, "learning_rate": 5e-4})),
-    "joint, rounded throughout (2e-3)": ("joint", ({"qad": True, "learning_rate": 2e-3},)),
-    "joint by GPTQ, 1/4 rounded (AdamW 1e-4)": (
-        "joint, GPTQ",
-        ({"share": 0.75}, {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 1e-4}),
-    ),
-    "joint by GPTQ, rounded throughout": ("joint, GPTQ", ({"qad": True},)),
+    "structure only, full rate": ("structure only", ({},)),
+    "structure only": ("structure only", (BY_DAMAGE,)),
+    "joint, full rate": ("joint", ({"share": 0.75}, ROUNDED_LAST)),
+    "joint": ("joint", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
+    "joint, rounded throughout": ("joint", ({"qad": True, **BY_DAMAGE},)),
+    "joint, GPTQ": ("joint, GPTQ", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
+    "joint, GPTQ, rounded throughout": ("joint, GPTQ", ({"qad": True, **BY_DAMAGE},)),
 }
 """Which child, and its stages."""
 
@@ -316,7 +310,9 @@ class Bench:
         parent, rows = self.parent(), []
         teacher = load_parent_model(parent, self.device)
         train, heldout = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
-        for share in self.chosen.budgets[:1] if self.small else [each for each in HEALED if each in self.chosen.budgets]:
+        for share in (
+            self.chosen.budgets[:1] if self.small else [each for each in HEALED if each in self.chosen.budgets]
+        ):
             for name, (child, stages) in WAYS.items():
                 file = self.work / f"healed-{share}-{slug(name)}.json"
                 directory = self.work / "children" / f"{slug(child)}-{share}"

@@ -82,6 +82,10 @@ class DistillConfig:
     """Peak learning rate. 3e-4 suits the default batch of 8 x 256 tokens and short runs; with 32 x 1024 tokens
     and millions of them, 6e-4 was better in prototypes (SmolLM2-135M at half its weights)."""
 
+    full_rate_kl: float | None = None
+    """Held-out KL before healing from which on the peak is `learning_rate`; a child that is hurt less learns at the root of the
+    ratio, since KL grows with the square of what the weights are off. None: at all of it."""
+
     warmup_share: float = 0.05
     """Share of the steps over which the learning rate rises from 0, linearly."""
 
@@ -161,6 +165,8 @@ class DistillConfig:
         for name in ("eval_tokens", "eval_every", "checkpoint_every", "weight_decay", "grad_clip", "seed", "patience"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
+        above = self.full_rate_kl is None or 0 < self.full_rate_kl < math.inf
+        self._require("full_rate_kl", above, "a positive number, or null for the full rate always")
         for name in ("embedding_lr_scale", "norm_lr_scale"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or a positive number")
         self._require("spike", self.spike == 0 or self.spike > 1, "above 1, or 0 to let every loss pass")
@@ -202,6 +208,10 @@ class DistillConfig:
         cut = any(layer.attention.kind == "skip" for layer in child)
         return replace(self, cosine=1.0 if cut and self.loss in ("kl", "jsd") and not self.qad else 0.0)
 
+    def rate_share(self, kl: float) -> float:
+        """Of `learning_rate`, what a child of this held-out KL before healing learns at."""
+        return 1.0 if self.full_rate_kl is None else min(1.0, math.sqrt(max(kl, 0.0) / self.full_rate_kl))
+
     @property
     def step_tokens(self) -> int:
         """Tokens per optimizer step."""
@@ -222,5 +232,7 @@ class DistillConfig:
         free = (
             FREE_ON_RESUME if self.qad else FREE_ON_RESUME | {"qad", "teacher"}
         )  # older checkpoints do not have these
+        if self.full_rate_kl is None:
+            free |= {"full_rate_kl"}
         fields = {name: value for name, value in asdict(self).items() if name not in free}
         return {**fields, "betas": list(self.betas)}

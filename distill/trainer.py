@@ -237,7 +237,7 @@ class _Healing:
     def _train_step(self, stop: StopRequest) -> tuple[float, int]:
         """One optimizer step. Returns the global loss, and the signal that any rank received (0: none)."""
         started = time.perf_counter()
-        rate = learning_rate(self.config, self.step)
+        rate = self._rate(self.step)
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, rate)
         own_loss = self._accumulate_gradient()
@@ -338,7 +338,7 @@ class _Healing:
         if self.on_step is None or not self.ranks.main:
             return
         eta = self.session.seconds_per_step * (self.last - self.step)
-        rate = learning_rate(self.config, max(0, self.step - 1))
+        rate = self._rate(max(0, self.step - 1))
         self.on_step(Progress(self.step, self.last, loss, rate, self._tokens_per_s, eta, stats))
 
     def _log(self, kind: str, values: Mapping[str, Any]) -> None:
@@ -354,6 +354,10 @@ class _Healing:
     def _has_settled(self) -> bool:
         distances = {step: self._distance(stats) for step, stats in self.evaluations.items()}
         return has_settled(distances, self.config.patience)
+
+    def _rate(self, step: int) -> float:
+        """Learning rate of update number `step`."""
+        return learning_rate(self.config, step) * self.config.rate_share(self.evaluations[0].kl)
 
     def _distance(self, stats: EvalStats) -> float:
         """What the best student has the least of: the held-out KL; or, where the text itself is learned, its cross-entropy."""

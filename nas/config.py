@@ -162,9 +162,8 @@ class SearchConfig:
         require("quantizer", self.quantizer, self.quantizer in QUANTIZERS, " or ".join(QUANTIZERS))
         if self.quantizer != "nearest":
             require("quantizer", self.quantizer, self.refit, "nearest without the refit sweep")
-            require(
-                "quantizer", self.quantizer, set(self.precisions.split(",")) > {"bf16"}, "nearest without --precisions"
-            )
+            rounds = any(name.strip() not in ("", "bf16") for name in self.precisions.split(","))
+            require("quantizer", self.quantizer, rounds, "nearest without --precisions")
         require("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
         for name in (

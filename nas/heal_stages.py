@@ -12,6 +12,8 @@ from nas.config import STAGES, build, flag
 OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate", "qad", "teacher")
 QAD_OPTIMIZER, QAD_RATE, QAD_WIDTH = "adamw", 1e-5, 4096
 """What a stage with qad does otherwise unless it is told (`qad_rate`)."""
+FULL_RATE_KL = 1.0
+"""Where nobody said at which rate: the KL from which on master weights are healed at the full one (docs/method.md)."""
 QAD_SHARE = 0.25
 """Of the tokens, what the stage with qad gets that is added for a child with precisions."""
 OF_QAD = ("qad", "teacher")
@@ -57,13 +59,21 @@ def build_stages(
         if value is not None:
             of = "a child with precisions where no stages are given and neither --qad nor --no-qad"
             raise ConfigError(f"{flag(name)} is of the second stage of {of}; write {name.removeprefix('qad_')} instead")
-    return [_stage(section | stage, flags, device, width) for stage in stages]
+    return [build_stage(section | stage, flags, device, width) for stage in stages]
 
 
-def _stage(section: dict[str, Any], flags: dict[str, Any], device: str, width: int) -> DistillConfig:
-    asked = section.get("qad") if flags.get("qad") is None else flags["qad"]
-    of_qad = {"optimizer": QAD_OPTIMIZER, "learning_rate": qad_rate(width)}
-    return build(DistillConfig, {"distill": section}, flags, device, of_qad if asked else None)
+def build_stage(section: dict[str, Any], flags: dict[str, Any], device: str, width: int) -> DistillConfig:
+    """One stage: what is neither in the flags nor in the section, by what it learns and on which device."""
+
+    def said(name: str) -> Any:
+        return section.get(name) if flags.get(name) is None else flags[name]
+
+    own: dict[str, Any] = {}
+    if said("qad"):
+        own = {"optimizer": QAD_OPTIMIZER, "learning_rate": qad_rate(width)}
+    elif said("learning_rate") is None and said("loss") in (None, "kl", "jsd"):
+        own = {"full_rate_kl": FULL_RATE_KL}
+    return build(DistillConfig, {"distill": section}, flags, device, own)
 
 
 def _with_qad(
@@ -75,14 +85,14 @@ def _with_qad(
     learning_rate: float | None,
 ) -> list[DistillConfig]:
     """The only stage, of the master weights, and one with qad that takes its tokens from the first."""
-    first = _stage(_without(section, OF_QAD), _without(flags, OF_QAD), device, width)
+    first = build_stage(_without(section, OF_QAD), _without(flags, OF_QAD), device, width)
     tokens = round(QAD_SHARE * first.tokens) if tokens is None else tokens
     if not 0 < tokens < first.tokens:
         raise ConfigError(
             f"--qad-tokens {tokens} of --tokens {first.tokens}: each stage needs some; write --qad or --no-qad for one stage"
         )
     own = {"qad": True, "tokens": tokens, "learning_rate": learning_rate}
-    second = _stage(_without(section, NOT_OF_ADDED), _without(flags, NOT_OF_ADDED) | own, device, width)
+    second = build_stage(_without(section, NOT_OF_ADDED), _without(flags, NOT_OF_ADDED) | own, device, width)
     return [replace(first, tokens=first.tokens - tokens), second]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -112,6 +114,34 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
         aligned = (u @ v * found).sum((1, 2)) / (found.norm(dim=(1, 2)) * (u @ v).norm(dim=(1, 2)))
         assert aligned.min() > 0.95
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_child_that_is_hardly_hurt_learns_at_a_lower_rate(tmp_path: Path, optimizer: str) -> None:
+    """At the full rate it leaves the parent further behind than it was; the root of the ratio brings it closer."""
+    steady = replace(CONFIG, tokens=30 * CONFIG.step_tokens, optimizer=optimizer, eval_every=0)
+    gentle = replace(steady, full_rate_kl=0.5)
+    full = heal(steady, *tiny_pair(noise=0.005), *packs(), tmp_path / "full")
+    assert full.after.kl > full.before.kl
+    for until in (7, None):  # the share is that of the first evaluation, also when it goes on
+        result = heal(gentle, *tiny_pair(noise=0.005), *packs(), tmp_path / "gentle", until=until)
+    assert result.after.kl < 0.8 * result.before.kl
+    share = math.sqrt(result.before.kl / 0.5)
+    assert gentle.rate_share(result.before.kl) == pytest.approx(share) and share < 0.1
+    for name, factor in (("full", 1.0), ("gentle", share)):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        rates = [line["lr"] for line in lines if line["kind"] == "train"]
+        assert rates == pytest.approx([factor * learning_rate(steady, step) for step in range(30)])
+
+
+def test_the_full_rate_begins_at_a_kl_and_old_checkpoints_know_of_none() -> None:
+    config = DistillConfig(full_rate_kl=0.25)
+    assert [config.rate_share(kl) for kl in (-1e-9, 0.0, 0.0025, 0.25, 3.0)] == pytest.approx([0, 0, 0.1, 1, 1])
+    assert DistillConfig().rate_share(1e-9) == 1
+    assert "full_rate_kl" not in DistillConfig().trajectory() and config.trajectory()["full_rate_kl"] == 0.25
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=r"full_rate_kl is .*; it must be a positive number, or null"):
+            DistillConfig(full_rate_kl=wrong)
 
 
 def test_muon_heals_and_resumes_exactly(tmp_path: Path) -> None:

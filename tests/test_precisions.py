@@ -25,6 +25,7 @@ from blocks.spec import Architecture, LayerSpec
 from blocks.sweep import Sweep
 from nas.additive import Candidates
 from nas.baselines import child_in_one_precision, parent_in_one_precision
+from nas.config import SearchConfig
 from nas.costs import CostModel, Scenario
 from nas.exact import kl_to_parent
 from nas.limits import Bound
@@ -291,8 +292,20 @@ def test_gptq_rounds_every_child_of_a_search(searched: tuple[Path, dict[str, Any
     assert "nas search chose its weights by GPTQ; --quantizer nearest keeps that" in succeed(*words, "gptq").err
     assert "warning" not in succeed(*words, "nearest").err
     assert "warning" not in succeed("export", searched[0], *words[2:], "gptq", "--out", tmp_path / "out").err
-    refused = nas("search", "--run", run, "--budget", "0.4", *SEARCH, "--quantizer", "best")
-    assert refused.code == 2 and "quantizer is 'best'; it must be nearest or gptq" in refused.err
+    for options, message in (
+        ((*SEARCH, "--quantizer", "best"), "quantizer is 'best'; it must be nearest or gptq"),
+        (
+            (*SEARCH, "--quantizer", "gptq", "--no-refit"),
+            "quantizer is 'gptq'; it must be nearest without the refit sweep",
+        ),
+        (
+            ("--quantizer", "gptq", "--precisions", "bf16"),
+            "quantizer is 'gptq'; it must be nearest without --precisions",
+        ),
+    ):
+        refused = nas("search", "--run", run, "--budget", "0.4", *options)
+        assert refused.code == 2 and message in refused.err
+    assert SearchConfig(budget=0.4, precisions="fp8", quantizer="gptq").quantizer == "gptq"
 
 
 def test_a_dry_run_chooses_the_kv_dtype_that_the_search_would(searched: tuple[Path, dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from distill.trainer import heal
 from distill.watch import FEWEST, LossWatch, has_settled
 from nas.config import load_recipe
 from nas.documents import load_documents
-from nas.heal_stages import build_stages
+from nas.heal_stages import FULL_RATE_KL, build_stages
 
 STEP = CONFIG.step_tokens
 KL, CE = replace(CONFIG, tokens=6 * STEP), replace(CONFIG, loss="ce", tokens=4 * STEP, sequence_length=8)
@@ -190,6 +190,21 @@ def test_stages_of_a_recipe(tmp_path: Path) -> None:
         recipe.write_text(f"distill: {{{text}}}\n")
         with pytest.raises(ConfigError, match=message):
             build_stages(load_recipe(recipe), {}, "cpu")
+
+
+def test_the_rate_follows_the_damage_unless_it_was_said() -> None:
+    def full_rate_kl(recipe: dict[str, Any], **flags: Any) -> list[float | None]:
+        return [stage.full_rate_kl for stage in build_stages({"distill": recipe}, flags, "cuda", rounded=True)]
+
+    assert (
+        full_rate_kl({}) == full_rate_kl({"loss": "jsd"}, learning_rate=None) == [FULL_RATE_KL, None]
+    )  # 2-qad: by width
+    assert full_rate_kl({}, learning_rate=1e-4) == full_rate_kl({"learning_rate": 1e-4}) == [None, None]
+    assert full_rate_kl({}, qad=True) == [None]
+    assert full_rate_kl({"qad": False, "loss": "ce"}) == full_rate_kl({"qad": False}, loss="bld") == [None]
+    assert full_rate_kl({"qad": False, "learning_rate": 1e-4, "full_rate_kl": 0.1}) == [0.1]
+    listed = [{"full_rate_kl": None}, {"learning_rate": 1e-3}, {"tokens": 5}]
+    assert full_rate_kl({"stages": listed}) == [None, None, FULL_RATE_KL]
 
 
 def test_a_run_is_healed_in_stages_on_other_text(world: World, tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ nas distill --dry-run                                     steps, memory by what 
 
 def distill(
     tokens: Annotated[int | None, typer.Option(help="Training tokens in all.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate; left out, lower for a child that is hardly hurt.")
+    ] = None,
     batch_sequences: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; memory only.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,

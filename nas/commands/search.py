@@ -126,7 +126,6 @@ def search(
     """Choose one candidate per layer that meets the limits and hurts least, and assemble the child."""
     arguments = locals()
     from blocks.ranks import require_one_process
-    from distill.config import DistillConfig
     from nas.config import SearchConfig, build, load_recipe
     from nas.costs import Scenario
 
@@ -141,6 +140,7 @@ def search(
         run = DEFAULT_RUN.with_name(scores.stem) if run == DEFAULT_RUN else run
         return show_search(run_table_search(scores, config, scenario, run, dry_run), run, as_json, dry_run)
 
+    from nas.heal_stages import build_stage
     from nas.search import run_search
     from nas.search_problem import choose_kv_dtype, load_candidates, with_scored_kv_dtypes
 
@@ -156,7 +156,8 @@ def search(
         scenario = choose_kv_dtype(opened_run, parent.shape, config, scored, reporter(as_json), share)
         candidates = load_candidates(opened_run, parent.shape, config, scenario, share)
         return emit(plan_search(config, scenario, parent.shape, candidates), as_json)
-    healing = build(DistillConfig, sections, {"device": "cpu" if place.type == "cpu" else None}, place.type)
+    on_cpu = {"device": "cpu" if place.type == "cpu" else None}
+    healing = build_stage(sections.get("distill", {}), on_cpu, place.type, parent.shape.hidden_size)
     if config.sweep:
         from nas.family import run_family
 
