@@ -12,7 +12,7 @@ from nas.config import STAGES, build, flag
 OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate", "qad", "teacher")
 QAD_OPTIMIZER, QAD_RATE, QAD_WIDTH = "adamw", 1e-5, 4096
 """What a stage with qad does otherwise unless it is told (`qad_rate`)."""
-FULL_RATE_KL = 1.0
+FULL_RATE_KL = 0.5
 """Where nobody said at which rate: the KL from which on master weights are healed at the full one (docs/method.md)."""
 QAD_SHARE = 0.25
 """Of the tokens, what the stage with qad gets that is added for a child with precisions."""
