@@ -7,6 +7,9 @@ The true KL of a child is modelled as
 a Bayesian linear regression whose prior trusts each score to a share of itself. A proposal draws w from the posterior
 (Thompson sampling; Russo et al., arXiv 1707.02038) and solves the additive problem for it exactly, at most a few layers away from
 one of the best children. So the budget is kept by construction, and what is uncertain is tried in proportion.
+
+Of hundreds of candidates some are drawn far below what they cost, and an exact solver finds them all: it would take the children
+whose scores are the most wrong. So no candidate is taken for better than a share of its score.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from nas.solve import solve
 DISTRUST = 0.5  # r: standard deviation of a score's error, as a share of it
 LEAST = 0.02  # e: the same for the smallest scores, as a share of the mean score
 NOISE = 0.05  # what is not additive, as a share of the largest misfit of the table
+BELIEVED = 0.5  # share of a score below which no draw is believed
 CHANGES = (1, 2, 2, 3, 4, 6)  # layers that a proposal changes at most
 BEST = 4  # a proposal starts from one of so many
 ATTEMPTS = 6
@@ -55,9 +59,11 @@ class Proposer:
         within = sorted(((kl, a) for kl, a, c in choices if self.candidates.excess(c) <= 0), key=lambda pair: pair[0])
         if not within:
             return self.candidates.architecture(self.candidates.optimum().choice)
+        least = [BELIEVED * self._factor(measured) * np.asarray(row) for row in self.candidates.scores]
         for _ in range(ATTEMPTS):
             start = within[min(int(rng.exponential(1.0)), BEST - 1, len(within) - 1)][1]
-            sampled = self.draw(measured, rng)
+            drawn = self.draw(measured, rng)
+            sampled = [np.maximum(row, floor).tolist() for row, floor in zip(drawn, least, strict=True)]
             near = self.candidates.choice(start), int(rng.choice(CHANGES))
             solution = solve(self.candidates.problem_of(sampled), near=near, gap=PROPOSAL_GAP)
             if solution is not None and not known(found := self.candidates.architecture(solution.choice)):
@@ -73,9 +79,8 @@ class Proposer:
                 for row, width in zip(scores, self._spread(1.0), strict=True)
             ]
         choices = np.array([self.candidates.choice(architecture) for architecture, _ in measured])
-        true = np.array([kl for _, kl in measured])
-        predicted = np.array([sum(row[c] for row, c in zip(scores, choice, strict=True)) for choice in choices])
-        factor = float(np.median(true / np.maximum(predicted, 1e-9)))
+        true, predicted = self._sums(measured)
+        factor = self._factor(measured)
         spread = self._spread(factor)
         prior = [rng.normal(size=len(row)) * width for row, width in zip(scores, spread, strict=True)]
         correction = self._towards(choices, true - factor * predicted, spread, prior, rng)
@@ -83,6 +88,15 @@ class Proposer:
             (factor * row + noise + change).tolist()
             for row, noise, change in zip(scores, prior, correction, strict=True)
         ]
+
+    def _sums(self, measured: Sequence[Measured]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """True KLs of children, and their sums of scores."""
+        return np.array([kl for _, kl in measured]), np.array([self.candidates.predicted(a) for a, _ in measured])
+
+    def _factor(self, measured: Sequence[Measured]) -> float:
+        """b: nats of true KL per nat of score."""
+        true, predicted = self._sums(measured)
+        return float(np.median(true / np.maximum(predicted, 1e-9)))
 
     def _spread(self, factor: float) -> list[NDArray[np.float64]]:
         """Standard deviations of the prior, by layer."""

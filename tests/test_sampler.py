@@ -17,10 +17,11 @@ from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSampler
 from optuna.trial import TrialState
 from tables import Table, costs_of, every_architecture, limited, random_table, row, shape_of
 
+import nas.proposals
 from blocks.spec import Architecture, LayerSpec
 from nas.additive import Candidates
 from nas.costs import Scenario
-from nas.proposals import DISTRUST, LEAST, NOISE, Measured, Proposer
+from nas.proposals import BELIEVED, DISTRUST, LEAST, NOISE, Measured, Proposer
 from nas.sampler import SwapSampler
 from nas.samplers import make_sampler
 from nas.study import architecture_of, distributions, parameters
@@ -222,6 +223,40 @@ def test_it_beats_chance_and_tpe_on_an_objective_that_is_not_additive() -> None:
     medians = {name: statistics.median(values) for name, values in reached.items()}
     assert medians["swap"] < min(medians["random"], medians["tpe"]), medians
     assert medians["swap"] < 0.95, medians
+
+
+def wide(seed: int, layers: int = 16) -> Candidates:
+    """39 candidates a layer, most of them far worse than the ones worth taking."""
+    rng = random.Random(seed)
+    table = []
+    for layer in range(layers):
+        weight = rng.uniform(0.1, 1.0)
+        pairs = [(a, width) for a in ("kv2", "kv1", "skip") for width in range(0, 769, 64)]
+        hurt = [{"kv2": 0.0, "kv1": 0.02, "skip": 1.0}[a] + (1 - width / 768) ** 3 for a, width in pairs]
+        specs = [LayerSpec.parse(f"attention:{a}+ffn:{width or 'skip'}") for a, width in pairs]
+        table.append(
+            [row(layer, spec, weight * h * rng.uniform(0.7, 1.3)) for spec, h in zip(specs, hurt, strict=True)]
+        )
+    return limited(table, costs_of(Scenario(batch=1, context=64), shape_of(layers)), budget=0.6)
+
+
+def test_among_many_candidates_proposals_are_not_the_most_wrong_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """True KLs of 20 proposals as multiples of the best child before them: no draw below half its score, and any draw."""
+    medians: dict[float, list[float]] = {BELIEVED: [], -1e9: []}
+    for believed, found in medians.items():
+        monkeypatch.setattr(nas.proposals, "BELIEVED", believed)
+        for seed in range(4):
+            candidates, rng = wide(seed), np.random.default_rng(seed)
+            truth = additive_truth(candidates, seed)
+            measured = [(a, truth(a)) for a in map(candidates.architecture, (s.choice for s in candidates.pool(4, 2)))]
+            start = min(kl for _, kl in measured)
+            for _ in range(20):
+                proposed = Proposer(candidates)(measured, {a for a, _ in measured}.__contains__, rng)
+                assert proposed is not None
+                measured.append((proposed, truth(proposed)))
+            found.append(statistics.median(kl / start for _, kl in measured[4:]))
+            assert believed != BELIEVED or min(kl for _, kl in measured) < 0.9 * start
+    assert statistics.median(medians[BELIEVED]) < 1.1 and statistics.median(medians[-1e9]) > 2, medians
 
 
 # The posterior behind the proposals
