@@ -206,13 +206,14 @@ class Bench:
     def at_budget(self, run: Run, parent: Parent, share: float) -> Iterator[dict[str, Any]]:
         yield from self.searched(run, parent, share, "structure only", "bf16", "bfloat16", "nearest")
         for quantizer in self.chosen.quantizers:
-            name = "joint" if quantizer == "nearest" else "joint, GPTQ"
-            yield from self.searched(run, parent, share, name, SEARCHED, KV_DTYPES, quantizer)
+            yield from self.searched(run, parent, share, "joint", SEARCHED, KV_DTYPES, quantizer)
 
     def searched(
         self, run: Run, parent: Parent, share: float, name: str, precisions: str, kv: str, quantizer: str
     ) -> list[dict[str, Any]]:
         """The rows of one search: what it is compared with, and its child."""
+        by = ", GPTQ" if quantizer == "gptq" else ""
+        name += by
         file = self.work / f"budget-{share}-{slug(name)}.json"
         if file.exists():
             found: list[dict[str, Any]] = json.loads(file.read_text())
@@ -231,7 +232,6 @@ class Bench:
         search = Search(run, parent, config, scenario, self.device, self.reporter, DistillConfig())
         layers = search.run_all()["layers"]
         took = time.perf_counter() - started
-        by = ", GPTQ" if quantizer == "gptq" else ""
         compared = ((f"parent, one format{by}", PARENT_PRECISION), (f"structure, one format{by}", CHILD_PRECISION))
         rows = [
             self.row(each, search, search.baselines[key], share) for each, key in compared if key in search.baselines
@@ -310,9 +310,8 @@ class Bench:
         parent, rows = self.parent(), []
         teacher = load_parent_model(parent, self.device)
         train, heldout = (load_pack(self.work / "text" / f"{part}.npy") for part in ("train", "heldout"))
-        for share in (
-            self.chosen.budgets[:1] if self.small else [each for each in HEALED if each in self.chosen.budgets]
-        ):
+        budgets = self.chosen.budgets
+        for share in budgets[:1] if self.small else [each for each in HEALED if each in budgets]:
             for name, (child, stages) in WAYS.items():
                 file = self.work / f"healed-{share}-{slug(name)}.json"
                 directory = self.work / "children" / f"{slug(child)}-{share}"

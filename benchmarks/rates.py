@@ -43,7 +43,6 @@ def main() -> None:
     packs = [load_pack(chosen.work / "text" / f"{part}.npy") for part in ("train", "heldout")]
     teacher = load_parent_model(parent, device)
     flags = {"tokens": chosen.tokens, "eval_every": 0, "eval_tokens": chosen.eval_tokens, "checkpoint_every": 0}
-    flags["device"] = "cpu" if device.type == "cpu" else None
     by_damage = build_stage({}, flags, device.type, parent.shape.hidden_size)
 
     print(f"{by_damage.optimizer}, {by_damage.steps} steps of {by_damage.step_tokens:,} tokens", flush=True)

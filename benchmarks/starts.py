@@ -20,12 +20,10 @@ from blocks.layer import Weights
 from blocks.parent import open_parent
 from blocks.refit import refit_sweep
 from blocks.rounded_model import round_model
-from distill.config import DistillConfig
 from distill.trainer import heal
-from nas.config import build
 from nas.data import DataConfig, load_pack, prepare_data, to_tokens
 from nas.engine import make_sweep
-from nas.heal_stages import qad_rate
+from nas.heal_stages import build_stage
 from nas.measure import load_parent_model
 
 HOLD = 1000.0  # pseudo-tokens of the refit sweep, as of `nas search`
@@ -52,14 +50,11 @@ def main() -> None:
     settings: dict[str, Any] = {
         "tokens": chosen.tokens,
         "qad": True,
-        "optimizer": "adamw",
-        "learning_rate": qad_rate(parent.shape.hidden_size),
         "eval_every": 0,
         "eval_tokens": chosen.eval_tokens,
         "checkpoint_every": 0,
-        "device": "cpu" if device.type == "cpu" else None,
     }
-    config = build(DistillConfig, {}, settings, device.type)
+    config = build_stage({}, settings, device.type, parent.shape.hidden_size)
 
     rows = []
     for name in chosen.formats:

@@ -229,10 +229,8 @@ class DistillConfig:
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON has them. A resumed run must have the same."""
-        free = (
-            FREE_ON_RESUME if self.qad else FREE_ON_RESUME | {"qad", "teacher"}
-        )  # older checkpoints do not have these
+        unused = set() if self.qad else {"qad", "teacher"}  # older checkpoints do not have these
         if self.full_rate_kl is None:
-            free |= {"full_rate_kl"}
-        fields = {name: value for name, value in asdict(self).items() if name not in free}
+            unused.add("full_rate_kl")
+        fields = {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME | unused}
         return {**fields, "betas": list(self.betas)}

@@ -63,7 +63,7 @@ def build_stages(
 
 
 def build_stage(section: dict[str, Any], flags: dict[str, Any], device: str, width: int) -> DistillConfig:
-    """One stage: what is neither in the flags nor in the section, by what it learns and on which device."""
+    """One stage: what is neither in the flags nor in the section, by what it learns and on which device. It stays on a CPU."""
 
     def said(name: str) -> Any:
         return section.get(name) if flags.get(name) is None else flags[name]
@@ -73,7 +73,8 @@ def build_stage(section: dict[str, Any], flags: dict[str, Any], device: str, wid
         own = {"optimizer": QAD_OPTIMIZER, "learning_rate": qad_rate(width)}
     elif said("learning_rate") is None and said("loss") in (None, "kl", "jsd"):
         own = {"full_rate_kl": FULL_RATE_KL}
-    return build(DistillConfig, {"distill": section}, flags, device, own)
+    on_cpu = {"device": "cpu"} if device == "cpu" else {}
+    return build(DistillConfig, {"distill": section}, flags | on_cpu, device, own)
 
 
 def _with_qad(

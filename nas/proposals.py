@@ -59,7 +59,8 @@ class Proposer:
         within = sorted(((kl, a) for kl, a, c in choices if self.candidates.excess(c) <= 0), key=lambda pair: pair[0])
         if not within:
             return self.candidates.architecture(self.candidates.optimum().choice)
-        least = [BELIEVED * self._factor(measured) * np.asarray(row) for row in self.candidates.scores]
+        factor, _ = self._compared(measured)
+        least = [BELIEVED * factor * np.asarray(row) for row in self.candidates.scores]
         for _ in range(ATTEMPTS):
             start = within[min(int(rng.exponential(1.0)), BEST - 1, len(within) - 1)][1]
             drawn = self.draw(measured, rng)
@@ -79,24 +80,21 @@ class Proposer:
                 for row, width in zip(scores, self._spread(1.0), strict=True)
             ]
         choices = np.array([self.candidates.choice(architecture) for architecture, _ in measured])
-        true, predicted = self._sums(measured)
-        factor = self._factor(measured)
+        factor, residual = self._compared(measured)
         spread = self._spread(factor)
         prior = [rng.normal(size=len(row)) * width for row, width in zip(scores, spread, strict=True)]
-        correction = self._towards(choices, true - factor * predicted, spread, prior, rng)
+        correction = self._towards(choices, residual, spread, prior, rng)
         return [
             (factor * row + noise + change).tolist()
             for row, noise, change in zip(scores, prior, correction, strict=True)
         ]
 
-    def _sums(self, measured: Sequence[Measured]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """True KLs of children, and their sums of scores."""
-        return np.array([kl for _, kl in measured]), np.array([self.candidates.predicted(a) for a, _ in measured])
-
-    def _factor(self, measured: Sequence[Measured]) -> float:
-        """b: nats of true KL per nat of score."""
-        true, predicted = self._sums(measured)
-        return float(np.median(true / np.maximum(predicted, 1e-9)))
+    def _compared(self, measured: Sequence[Measured]) -> tuple[float, NDArray[np.float64]]:
+        """b, nats of true KL per nat of score; and by how much b times its sum of scores misses the true KL of each child."""
+        true = np.array([kl for _, kl in measured])
+        predicted = np.array([self.candidates.predicted(architecture) for architecture, _ in measured])
+        factor = float(np.median(true / np.maximum(predicted, 1e-9)))
+        return factor, true - factor * predicted
 
     def _spread(self, factor: float) -> list[NDArray[np.float64]]:
         """Standard deviations of the prior, by layer."""

@@ -112,7 +112,7 @@ def distill(
     from nas.heal_stages import build_stages
 
     ranks, place = join(pick_device(device))
-    flags = settings_of(DistillConfig, arguments, device="cpu" if place.type == "cpu" else None)
+    flags = settings_of(DistillConfig, arguments, device=None)  # where: by `place`
     own: dict[str, Any] = {"qad_tokens": qad_tokens, "qad_learning_rate": qad_learning_rate}
     stages = build_stages(load_recipe(recipe), flags, place.type, **own, **child_of(run))
 

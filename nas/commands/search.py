@@ -156,8 +156,7 @@ def search(
         scenario = choose_kv_dtype(opened_run, parent.shape, config, scored, reporter(as_json), share)
         candidates = load_candidates(opened_run, parent.shape, config, scenario, share)
         return emit(plan_search(config, scenario, parent.shape, candidates), as_json)
-    on_cpu = {"device": "cpu" if place.type == "cpu" else None}
-    healing = build_stage(sections.get("distill", {}), on_cpu, place.type, parent.shape.hidden_size)
+    healing = build_stage(sections.get("distill", {}), {}, place.type, parent.shape.hidden_size)
     if config.sweep:
         from nas.family import run_family
 
