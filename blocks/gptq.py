@@ -17,6 +17,11 @@ in nvfp4, the divisor that they need to share anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -126,24 +131,55 @@ def _sweep(
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = _factor(gram[order[:, None], order], damping)
     shares = factor / factor.diagonal()[:, None]  # of a column's error, what each later one takes over
-    rest, steps = weight.T[order], nearest.scales.steps.T[order // group]
+    rest, steps = weight.T[order].contiguous(), nearest.scales.steps.T[order // group]
+    limits: tuple[Tensor, ...] = ()
     if stored is not None:
-        limits, largest = (each.T[order] for each in _largest(weight, group))
-        low, high = (torch.where(largest, rest, limit) for limit in (-limits, limits))
+        sizes, largest = (each.T[order] for each in _largest(weight, group))
+        limits = tuple(torch.where(largest, rest, limit) for limit in (-sizes, sizes))
+    round_block = _rounder(weight, format, stored)
     for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        part = rest[start:end]
-        errors = torch.empty_like(part)
-        for i, column in enumerate(range(start, end)):
-            put = part[i]
-            if stored is not None:
-                put = put.clamp(low[column], high[column]).to(stored).float()
-            torch.sub(part[i], format.round(put / steps[column]) * steps[column], out=errors[i])
-            part[i] = put
-            part[i + 1 :].addr_(shares[column, column + 1 : end], errors[i], alpha=-1)
-        rest[end:].addmm_(shares[start:end, end:].T, errors, alpha=-1)
+        block, later = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        given = rest[block], steps[block], shares[block, block]
+        errors = round_block(*given, format, stored, [each[block] for each in limits])
+        rest[later].addmm_(shares[block, later].T, errors, alpha=-1)
     back = order.argsort()
     return format.round(rest / steps)[back].T.contiguous(), rest[back].T.contiguous()
+
+
+def _round_block(
+    part: Tensor,
+    steps: Tensor,
+    shares: Tensor,
+    format: Format,
+    stored: torch.dtype | None,
+    limits: Sequence[Tensor],
+) -> Tensor:
+    """Errors [columns, rows] of a block's columns, rounded one after another; `part` becomes what was rounded."""
+    errors = torch.empty_like(part)
+    for i, put in enumerate(part):
+        if stored is not None:
+            put = put.clamp(*(each[i] for each in limits)).to(stored).float()
+        torch.sub(part[i], format.round(put / steps[i]) * steps[i], out=errors[i])
+        part[i] = put
+        part[i + 1 :].addr_(shares[i, i + 1 :], errors[i], alpha=-1)
+    return errors
+
+
+def _rounder(weight: Tensor, format: Format, stored: torch.dtype | None) -> Callable[..., Tensor]:
+    """`_round_block`, or the kernel that does the same in one launch where it can."""
+    kernels = _kernels() if weight.is_cuda else None
+    if kernels is not None and kernels.rounds_to(format, stored):
+        return kernels.round_block
+    return _round_block
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    from blocks import kernels
+
+    return kernels
 
 
 def _largest(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

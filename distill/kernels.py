@@ -11,14 +11,13 @@ Shapes: N tokens, D hidden size, V vocabulary, W FFN channels, T positions, E he
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from blocks.formats import E4M3_ZERO_SCALE
+from blocks.kernels import on_device, to_minifloat
 
 LARGEST_BLOCK = 4096
 PROGRAMS = 1024
@@ -173,15 +172,6 @@ def _gated_backward(gate_up, d_out, d_gate_up, W, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _to_minifloat(x, LOWEST: tl.constexpr, MANTISSA: tl.constexpr):
-    """`blocks.formats._to_minifloat`: fp32 to the nearest of a float of few bits, ties to even. Exact but for that rounding."""
-    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 127 + LOWEST) - MANTISSA
-    spacing = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # powers of two, both
-    return ((x * inverse + 12582912.0) - 12582912.0) * spacing  # 1.5 * 2^23: numbers next to it are one apart
-
-
-@triton.jit
 def _round_e4m3(x, out, D, EPS: tl.constexpr, BLOCK: tl.constexpr):
     """One token in E4M3, its step the largest value / 448."""
     row = tl.program_id(0).to(tl.int64)
@@ -191,7 +181,7 @@ def _round_e4m3(x, out, D, EPS: tl.constexpr, BLOCK: tl.constexpr):
     step = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
     step = tl.where(step == 0, EPS, step)
     scaled = tl.div_rn(value, step + tl.zeros_like(value))
-    code = _to_minifloat(tl.minimum(tl.maximum(scaled, -448.0), 448.0), -6, 3)
+    code = to_minifloat(tl.minimum(tl.maximum(scaled, -448.0), 448.0), -6, 3)
     tl.store(out + row * D + columns, code * step, mask=inside)
 
 
@@ -205,10 +195,10 @@ def _round_nvfp4(x, divisor, out, groups, ZERO_SCALE: tl.constexpr, GROUPS: tl.c
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     shared = tl.load(divisor)
     largest = tl.max(tl.abs(value), 1)
-    scale = _to_minifloat(tl.minimum(shared * tl.div_rn(largest, 6.0 + tl.zeros_like(largest)), 448.0), -6, 3)
+    scale = to_minifloat(tl.minimum(shared * tl.div_rn(largest, 6.0 + tl.zeros_like(largest)), 448.0), -6, 3)
     step = tl.div_rn(tl.where(scale == 0, ZERO_SCALE, scale), shared + tl.zeros_like(scale))
     scaled = tl.div_rn(value, step[:, None] + tl.zeros_like(value))
-    code = _to_minifloat(tl.minimum(tl.maximum(scaled, -6.0), 6.0), 0, 1)
+    code = to_minifloat(tl.minimum(tl.maximum(scaled, -6.0), 6.0), 0, 1)
     tl.store(out + at, code * step[:, None], mask=inside)
 
 
@@ -220,7 +210,7 @@ def round_e4m3(x_ND: Tensor) -> Tensor:
     rows, size = x_ND.shape
     out_ND = torch.empty_like(x_ND)
     block = triton.next_power_of_2(size)
-    with _device(x_ND):
+    with on_device(x_ND):
         _round_e4m3[(rows,)](x_ND, out_ND, size, torch.finfo(torch.float32).eps, block, num_warps=_warps(block))
     return out_ND
 
@@ -230,7 +220,7 @@ def round_nvfp4(x_ND: Tensor, divisor: Tensor) -> Tensor:
     rows, size = x_ND.shape
     out_ND = torch.empty_like(x_ND)
     block = triton.next_power_of_2(size // 16)
-    with _device(x_ND):
+    with on_device(x_ND):
         _round_nvfp4[(rows,)](x_ND, divisor, out_ND, size // 16, E4M3_ZERO_SCALE, block, num_warps=_warps(block * 16))
     return out_ND
 
@@ -242,7 +232,7 @@ def kl_rows(student_NV: Tensor, teacher_NV: Tensor, scale_N: Tensor, gradient_NV
     block = min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary))
     wants_gradient = gradient_NV is not None
     target = gradient_NV if wants_gradient else loss_N
-    with _device(student_NV):
+    with on_device(student_NV):
         _kl[(rows,)](
             student_NV, teacher_NV, scale_N, loss_N, target, vocabulary, wants_gradient, block, num_warps=_warps(block)
         )
@@ -258,7 +248,7 @@ def add_norm(
     normed_ND = torch.empty_like(x_ND, dtype=dtype)
     scale_N = torch.empty(rows, dtype=torch.float32, device=x_ND.device)
     block = triton.next_power_of_2(size)
-    with _device(x_ND):
+    with on_device(x_ND):
         _add_norm[(rows,)](
             x_ND,
             x_ND if delta_ND is None else delta_ND,
@@ -291,7 +281,7 @@ def add_norm_backward(
     programs = min(rows, PROGRAMS)
     parts_PD = torch.empty(programs, size, dtype=torch.float32, device=total_ND.device)
     block = triton.next_power_of_2(size)
-    with _device(total_ND):
+    with on_device(total_ND):
         _add_norm_backward[(programs,)](
             d_normed_ND,
             d_normed_ND if d_total_ND is None else d_total_ND,
@@ -322,7 +312,7 @@ def rotate(
     positions, head_dim = cos_TE.shape
     heads = source.shape[1] // head_dim
     block = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim // 2)
-    with _device(source):
+    with on_device(source):
         _rotate[(len(source),)](
             source,
             target,
@@ -343,7 +333,7 @@ def gated(gate_up: Tensor) -> Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block = min(1024, triton.next_power_of_2(width))
-    with _device(gate_up):
+    with on_device(gate_up):
         _gated[(rows, triton.cdiv(width, block))](gate_up, out, width, block, num_warps=_warps(block))
     return out
 
@@ -353,7 +343,7 @@ def gated_backward(gate_up: Tensor, d_out: Tensor) -> Tensor:
     rows, width = d_out.shape
     gradient = torch.empty_like(gate_up)
     block = min(1024, triton.next_power_of_2(width))
-    with _device(gate_up):
+    with on_device(gate_up):
         _gated_backward[(rows, triton.cdiv(width, block))](
             gate_up, d_out, gradient, width, block, num_warps=_warps(block)
         )
@@ -363,8 +353,3 @@ def gated_backward(gate_up: Tensor, d_out: Tensor) -> Tensor:
 def _warps(block: int) -> int:
     """Warps for a block of so many numbers: 8 numbers a thread, at most 16 warps."""
     return min(16, max(1, block // 256))
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches go to the current device, so make it that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -25,8 +25,10 @@ pytest.importorskip("triton")
 from healing_run import CONFIG, packs, tiny_pair  # noqa: E402
 from test_decoder import FAMILIES, TOKENS, family  # noqa: E402
 
+import blocks.gptq  # noqa: E402
+import blocks.kernels  # noqa: E402
 import distill.loss  # noqa: E402
-from blocks.formats import FORMATS  # noqa: E402
+from blocks.formats import FORMATS, Quantized  # noqa: E402
 from blocks.rounded_model import Rounding  # noqa: E402
 from distill import kernels, operations  # noqa: E402
 from distill.decoder import last_hidden, prepare  # noqa: E402
@@ -96,6 +98,42 @@ def test_rounded_inputs_to_the_bit(
     torch.testing.assert_close(found, wanted, rtol=cut, atol=0.0)
     (gradient,) = torch.autograd.grad((found * grid).sum(), x)
     assert torch.equal(gradient, grid.expand_as(x))
+
+
+@pytest.mark.parametrize("stored", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("bf16", "int4")])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 192), (100, 64)])
+def test_gptq_of_a_block_of_columns(
+    name: str, stored: torch.dtype | None, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    format = FORMATS[name]
+    weight = (random(rows, columns).detach() * random(columns, seed=1).detach().exp()).bfloat16().float()
+    inputs = random(500, columns, seed=2).detach() @ random(columns, columns, seed=3).detach()
+    gram, nearest = (inputs.T @ inputs).double(), format.nearest(weight)
+    assert blocks.kernels.rounds_to(format, stored)
+    found = []
+    for form in (blocks.gptq._round_block, blocks.kernels.round_block):
+        monkeypatch.setattr(blocks.gptq, "_rounder", lambda *of, form=form: form)
+        found.append(blocks.gptq._sweep(weight, gram, nearest, 0.01, stored))
+    (plain, plain_master), (fused, fused_master) = found
+    if not ON_GPU:  # there, a product and a sum are rounded once: a code in thousands falls to the other side
+        assert torch.equal(plain, fused)
+    assert float((plain.float() != fused.float()).float().mean()) < 0.02
+    assert stored is None or torch.equal(fused_master.to(stored).float(), fused_master)
+    errors = [
+        float(blocks.gptq.output_error(Quantized(format, codes, nearest.scales).weight - weight, gram).sum())
+        for codes in (nearest.codes, plain, fused)
+    ]
+    assert errors[1] < 0.9 * errors[0] and errors[2] == pytest.approx(errors[1], rel=0.02)
+    assert torch.isfinite(plain_master).all()
+
+
+def test_gptq_in_what_has_no_kernel_is_left_to_the_plain_form() -> None:
+    assert not blocks.kernels.rounds_to(FORMATS["bf16"], None)
+    assert not blocks.kernels.rounds_to(FORMATS["int8"], torch.float16)
+    weight = torch.zeros(2, 2, device=DEVICE)
+    assert not ON_GPU or blocks.gptq._rounder(weight, FORMATS["int8"], None) is blocks.kernels.round_block
+    assert blocks.gptq._rounder(weight, FORMATS["bf16"], None) is blocks.gptq._round_block
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
