@@ -99,7 +99,6 @@ HEALING = 9_400_000
 BY_DAMAGE: dict[str, Any] = {"full_rate_kl": FULL_RATE_KL}
 ROUNDED_LAST: dict[str, Any] = {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": qad_rate(576)}
 WAYS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
-    "structure only, full rate": ("structure only", ({},)),
     "structure only": ("structure only", (BY_DAMAGE,)),
     "joint, full rate": ("joint", ({"share": 0.75}, ROUNDED_LAST)),
     "joint": ("joint", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
