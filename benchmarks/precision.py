@@ -13,8 +13,7 @@ parent on other text until they are off it, and all other parts take that one; t
                  structure in a uniform format, joint; those searched and rounded to nearest, and by GPTQ (--quantizers)
     gptq         round to nearest against GPTQ, whole parent, each format, calibrated on the fitting text
     qad          quantization-aware distillation of the whole parent: by KL and by cross-entropy, against rounding alone
-    healed       children of `budgets`, healed on the same tokens, at the full rate or by what they are hurt: structure only; joint, as its
-                 master and then rounded, or rounded throughout
+    healed       children of `budgets`, healed on the same tokens: structure only; joint, as it is served, or as its master first
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from nas.costs import CostModel, Scenario
 from nas.data import load_pack, prepare_data, to_tokens
 from nas.engine import make_sweep
 from nas.exact import kl_to_parent
-from nas.heal_stages import FULL_RATE_KL, qad_rate
+from nas.heal_stages import FULL_RATE_KL
 from nas.measure import load_parent_model
 from nas.precisions import PrecisionScoring
 from nas.progress import Reporter
@@ -97,14 +96,14 @@ LEARNING = 3_000_000
 HEALED = (0.7, 0.5, 0.35)
 HEALING = 9_400_000
 BY_DAMAGE: dict[str, Any] = {"full_rate_kl": FULL_RATE_KL}
-ROUNDED_LAST: dict[str, Any] = {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": qad_rate(576)}
+ROUNDED_LAST: dict[str, Any] = {"share": 0.25, "qad": True, "optimizer": "adamw", "learning_rate": 7.1e-5}
 WAYS: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
     "structure only": ("structure only", (BY_DAMAGE,)),
-    "joint, full rate": ("joint", ({"share": 0.75}, ROUNDED_LAST)),
-    "joint": ("joint", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
-    "joint, rounded throughout": ("joint", ({"qad": True, **BY_DAMAGE},)),
-    "joint, GPTQ": ("joint, GPTQ", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
-    "joint, GPTQ, rounded throughout": ("joint, GPTQ", ({"qad": True, **BY_DAMAGE},)),
+    "joint, in two stages, full rate": ("joint", ({"share": 0.75}, ROUNDED_LAST)),
+    "joint, in two stages": ("joint", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
+    "joint": ("joint", ({"qad": True, **BY_DAMAGE},)),
+    "joint, GPTQ, in two stages": ("joint, GPTQ", ({"share": 0.75, **BY_DAMAGE}, ROUNDED_LAST)),
+    "joint, GPTQ": ("joint, GPTQ", ({"qad": True, **BY_DAMAGE},)),
 }
 """Which child, and its stages."""
 

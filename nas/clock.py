@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from blocks.errors import CheckpointError, ConfigError, some_of
 from blocks.files import save_json
 from blocks.shape import ModelShape, as_built
-from blocks.spec import Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
 from nas.costs import Scenario
 
 FORMAT = 1  # raised when an older reader would misread a newer profile
@@ -257,6 +257,11 @@ class ProfileClock:
         if spec.kind == "skip":
             return Times(0, 0)
         entry = self.profile.entries.get(str(spec))
+        if entry is None and spec.precision != BF16:
+            raise ConfigError(
+                f"{self.name} has no time for {spec}: a profile of `nas bench` knows bf16 alone; price number formats by a "
+                "datasheet (--clock H100), or leave --precisions out"
+            )
         if entry is None:
             raise ConfigError(
                 f"{self.name} has no time for {spec} (it has {some_of(sorted(self.profile.entries), 20)}); "

@@ -193,10 +193,23 @@ class CostModel:
         return int({"ttft": times.prefill_ns, "tpot": times.decode_ns, "request": whole}[limit])
 
     def divides(self, layer: LayerSpec) -> bool:
-        """Whether `tp` GPUs can share a layer: heads and channels divide, KV heads divide or are replicated."""
+        """Whether `tp` GPUs can share a layer: heads and channels divide, KV heads divide or are replicated, and no group of
+        weights that share a scale is cut."""
         tp, heads = self.scenario.tp, layer.attention.kv_heads
         queries = layer.attention.kind != "kv" or self.shape.num_attention_heads % tp == 0
-        return queries and (heads % tp == 0 or tp % heads == 0 if heads else True) and layer.ffn.width % tp == 0
+        whole = queries and (heads % tp == 0 or tp % heads == 0 if heads else True) and layer.ffn.width % tp == 0
+        return whole and (tp == 1 or layer == layer.structure or self._groups_divide(layer))
+
+    def _groups_divide(self, layer: LayerSpec) -> bool:
+        """Whether each GPU has whole groups of the inputs of o_proj and down_proj, which are shared out among them."""
+        from blocks.formats import format_named
+
+        shape, (built,) = as_built(self.shape, Architecture((layer,)))
+        heads = shape.num_attention_heads * shape.head_dim if built.attention.kind == "kv" else 0
+        shared_out = ((built.attention, heads), (built.ffn, built.ffn.width))
+        return all(
+            inputs % (self.scenario.tp * (format_named(part.precision).group or 1)) == 0 for part, inputs in shared_out
+        )
 
     def layer_bytes(self, layer: LayerSpec) -> int:
         """Weights and KV cache of one layer of a child, as it is on disk."""
@@ -205,13 +218,14 @@ class CostModel:
         return weights + self.layer_kv_bytes(layer)
 
     def holds(self, layer: LayerSpec) -> bool:
-        """Whether the precisions of a layer can hold its matrices as they are on disk."""
+        """Whether the precisions of a layer can hold its matrices, as they are fitted and, channels padded, on disk."""
         if layer == layer.structure:
             return True
         from blocks.rounded import holds
 
         shape, (built,) = as_built(self.shape, Architecture((layer,)))
-        return holds(shape, built.attention) and holds(shape, built.ffn)
+        parts = ((self.shape, layer.attention), (self.shape, layer.ffn), (shape, built.attention), (shape, built.ffn))
+        return all(holds(*part) for part in parts)
 
     def _subblock_bytes(self, shape: ModelShape, spec: AttentionSpec | FFNSpec) -> int:
         """Weights of a subblock as built, in its precision."""

@@ -224,7 +224,8 @@ def plan_export(child: Child, to: str, portable: bool = True, pack: bool = True)
     because = unsupported(engine, child.shape, architecture, child.rope)
     if because := because or (_gguf_faults(child) if engine.gguf else []):
         raise UnsupportedModelError(f"{engine.title} cannot serve {child.path}: {'; '.join(because)}")
-    rewrite = canonical(child.shape, architecture, engine.form(portable))
+    # What is packed no GGUF file can hold, so it need not suit llama.cpp, and FFNs of zeros would be bf16.
+    rewrite = canonical(child.shape, architecture, engine.form(portable and not architecture.rounded))
     if packing := packing_change(child, rewrite.architecture):
         return replace(rewrite, changes=(*rewrite.changes, packing))
     return rewrite
@@ -245,7 +246,7 @@ def export_child(
         child: from `open_child`.
         to: a key of `ENGINES`.
         out: a directory to write, or for llama.cpp a .gguf file. An earlier child there is replaced.
-        portable: an attention never stands alone in its layer, which llama.cpp would drop.
+        portable: an attention never stands alone in its layer, which llama.cpp would drop; not of packed weights, which it cannot read.
         packing: how weights are rounded, where the child has precisions; to nearest if None.
         pack: False writes bf16 weights, whatever the precisions.
 
@@ -345,6 +346,8 @@ def _check_target(child: Child, out: Path, gguf: bool) -> None:
         if out.is_dir() or out.suffix != ".gguf":
             raise ConfigError(f"--out {out}: llama.cpp reads one file; give a name that ends in .gguf")
         return
+    if out.name in ("child", "healed", "uniform") and (out.parent / "config.yaml").exists():
+        raise ConfigError(f"--out {out} is what the run {out.parent} has made itself; give another place")
     if out.exists() and not _is_child(out):
         raise ConfigError(f"--out {out} is there already and no child; give another place, or remove it")
 

@@ -11,14 +11,14 @@ named as ours may carry a number format ("attention:kv8@fp8").
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from blocks.errors import ConfigError, DataError
 from blocks.shape import ModelShape
-from blocks.spec import AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, AttentionSpec, FFNSpec, LayerSpec
 from nas.costs import DTYPE_BYTES, Scenario
 from nas.external_rows import TIMES, WHOLE, Record, read_records
 from nas.external_shape import Count, find_shape
@@ -106,6 +106,23 @@ class ExternalTable:
 
         return tuple(min(range(len(rows)), key=lambda c: (-size(rows[c]), rows[c].score)) for rows in self.rows)
 
+    def in_formats(self, formats: Collection[str]) -> ExternalTable:
+        """Without the candidates in other number formats than bf16 and these. Raises ConfigError for one that no row is in."""
+        found = {name for rows in self.rows for row in rows for name in _formats(row)}
+        for name in formats:
+            if name not in found | {BF16}:
+                told = ", ".join(sorted(found - {BF16})) or "bf16 alone"
+                raise ConfigError(f"--precisions {name}: {self.path} has no row in it; it has {told}")
+        kept = found & {BF16, *formats}
+        rows = tuple(tuple(row for row in rows if kept.issuperset(_formats(row))) for rows in self.rows)
+        for (layer, subblock), left in zip(self.groups, rows, strict=True):
+            if not left:
+                raise ConfigError(
+                    f"--precisions {','.join(formats)}: {self.path} has no other candidate than in further formats for {subblock} "
+                    f"of layer {layer}; name one of these, too"
+                )
+        return replace(self, rows=rows)
+
     def budget_for_share(self, share: float) -> int:
         """Bytes of the budget that keeps `share` of what the parent's candidates take, what is fixed added."""
         self.amounts("memory")  # says what is missing
@@ -138,6 +155,12 @@ class ExternalTable:
         for (layer, _), row in zip(self.groups, self.chosen(choice), strict=True):
             layers.setdefault(layer, []).append(str(row.spec))
         return ["+".join(parts) for parts in layers.values()]  # attention comes before ffn
+
+
+def _formats(row: Candidate) -> set[str]:
+    """The number formats of a candidate; none is told by a name that is not one of ours."""
+    parts = (row.spec.attention, row.spec.ffn) if isinstance(row.spec, LayerSpec) else (row.spec,)
+    return {part.precision for part in parts if part is not None}
 
 
 def load_external(path: Path, scenario: Scenario) -> ExternalTable:

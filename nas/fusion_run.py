@@ -23,6 +23,7 @@ from nas.data import load_pack
 from nas.fusion import FusionConfig, Task, fuse_child
 from nas.progress import Reporter
 from nas.run import Run, digest
+from nas.set_aside import set_aside_other_healing
 
 SOURCES = {"child": ("fused", "fusion.json"), "healed": ("healed-fused", "healed-fusion.json")}
 UNFUSED = "child-unfused"
@@ -51,6 +52,8 @@ def run_fuse(
     elif replace and "unfused" in run.read("architecture.json", "search"):
         restore_child(run)
         reporter.say(f"{run.path('child')} is the child before fusion again")
+    if replace:
+        set_aside_other_healing(run, run.read("architecture.json", "search")["key"], reporter)
     return result
 
 

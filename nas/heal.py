@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from blocks.checkpoint import as_built, load_child, read_architecture, write_child
 from blocks.errors import CheckpointError
-from blocks.files import remove_directory, save_json
+from blocks.files import save_json
 from blocks.parent import Parent
 from blocks.ranks import ALONE, Ranks
 from blocks.rounded_model import round_model
@@ -32,6 +32,7 @@ from nas.data import DataConfig, load_pack, prepare_data
 from nas.measure import load_parent_model, measure
 from nas.progress import Reporter
 from nas.run import Run, digest
+from nas.set_aside import HEALED_FOR, set_aside_other_healing
 
 SAMPLE_PROMPT = "The with statement in Python"
 SAMPLE_TOKENS = 48
@@ -57,7 +58,8 @@ def run_distill(
             reporter.say(f"This child is healed already: {run.path('healed')}")
             return done
     if ranks.main:
-        set_aside_other_child(run, found["key"], reporter)
+        set_aside_other_healing(run, found["key"], reporter)
+        save_json(run.path(HEALED_FOR), {"search": found["key"]})
     ranks.wait()
     if read_architecture(run.path("child"))[1] != as_built(parent.shape, architecture)[1]:
         raise CheckpointError(
@@ -80,6 +82,12 @@ def run_distill(
     ):  # the search ran on a device that measures more of the text, or less
         before = {name: run.path(name) for name in ("child", "uniform") if run.has(f"{name}/config.json")}
         found = {**found, "heldout": measure(parent, before, pack, device, reporter)}
+    before, after = found["heldout"]["child"]["kl"], heldout["healed"]["kl"]
+    if after > before and all(config.loss in ("kl", "jsd") for config in stages):
+        reporter.say(
+            f"  warning: the child is further from the parent than before healing ({after:.4f}, before {before:.4f}); try a "
+            "lower --learning-rate or more --tokens"
+        )
     result = {
         "key": key,
         "search": found["key"],
@@ -108,32 +116,6 @@ def _told(results: Sequence[HealResult]) -> dict[str, Any]:
         "before": results[0].before.to_dict(),
         "best": results[-1].best.to_dict(),
     }
-
-
-def set_aside_other_child(run: Run, search: str, reporter: Reporter) -> None:
-    """Keeps what was healed for an earlier search under its own name, and notes which search distill/ is for.
-
-    What was kept for this search before is taken up again. The note lies in distill/, which leaves last and comes back first:
-    killed on the way and called for any search, it goes on.
-    """
-    marker = "distill/search.json"
-    earlier = run.read(marker, "distill").get("search") if run.has(marker) else None
-    if earlier not in (None, search):
-        for name in ("healed", "distill"):
-            _move(run, name, f"{name}-{earlier}")
-        reporter.say(f"The healing of an earlier search is kept in {run.path(f'distill-{earlier}')}")
-    for name in ("distill", "healed"):
-        if not run.has(name):
-            _move(run, f"{name}-{search}", name)
-    save_json(run.path(marker), {"search": search})
-
-
-def _move(run: Run, name: str, new_name: str) -> None:
-    """Renames a directory of the run, if it is there; what has the new name is removed."""
-    if run.has(name):
-        if run.has(new_name):
-            remove_directory(run.path(new_name))
-        run.path(name).rename(run.path(new_name))
 
 
 def _heal(
@@ -287,12 +269,3 @@ def sample_text(path: Path, parent: Parent, device: torch.device) -> dict[str, s
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         )
     return {"prompt": SAMPLE_PROMPT, "text": str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]))}
-
-
-def forget_healing(run: Run, reporter: Reporter) -> None:
-    """Removes what an earlier `nas distill` left of this search's child, for --restart; that of another search is set aside."""
-    set_aside_other_child(run, run.read("architecture.json", "search")["key"], reporter)
-    for name in ("healed", "distill"):
-        if run.has(name):
-            remove_directory(run.path(name))
-    run.path("results.json").unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""The stages of `nas distill`, out of a recipe and flags: with number formats, one of the master weights and one as it is served."""
+"""The stages of `nas distill`, out of a recipe and flags: a child with number formats learns as it is served, unless told otherwise."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,24 +11,24 @@ from distill.config import DistillConfig
 from nas.config import STAGES, build, flag
 
 OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate", "qad", "teacher")
-QAD_OPTIMIZER, QAD_RATE, QAD_WIDTH = "adamw", 1e-5, 4096
-"""What a stage with qad does otherwise unless it is told (`qad_rate`)."""
+RATED_WIDTH = 576
+"""Hidden size of the parent that the rates of quantization-aware distillation were tried on (`qad_share`)."""
 FULL_RATE_KL = 0.5
-"""Where nobody said at which rate: the KL from which on master weights are healed at the full one (docs/method.md)."""
+"""Where nobody said at which rate: the KL from which on a child is healed at the full one (docs/method.md)."""
 QAD_SHARE = 0.25
-"""Of the tokens, what the stage with qad gets that is added for a child with precisions."""
+"""Of the tokens, what the stage with qad gets where a child with precisions is healed in two stages."""
 OF_QAD = ("qad", "teacher")
-NOT_OF_ADDED = ("loss", "cosine", "tokens", "learning_rate", "optimizer")
-"""Settings that are meant for the stage before the one with qad that is added."""
+NOT_OF_SECOND = ("loss", "cosine", "tokens", "learning_rate")
+"""Settings that are meant for the first of these two stages."""
 
 
-def qad_rate(width: int) -> float:
-    """Peak learning rate of quantization-aware distillation of models of a hidden size.
+def qad_share(width: int) -> float:
+    """Of the device's learning rate, what quantization-aware distillation of models of a hidden size begins from.
 
-    1e-6 to 1e-5 is published of large models (arXiv 2601.20088); the step that AdamW should take falls with the width (muP,
-    arXiv 2203.03466). So 1e-5 at 4,096, 2.5e-6 at 16,384 and 7e-5 at 576, where 1e-5 leaves much unlearned (docs/benchmarks.md 23).
+    The step that an optimizer of Adam's size should take falls with the width (muP, arXiv 2203.03466), and 1e-6 to 1e-5 is
+    published of large models (arXiv 2601.20088): with AdamW's 3e-4, and a child whose KL is 0.02, it is 8e-6 at 4,096.
     """
-    return QAD_RATE * QAD_WIDTH / width
+    return min(1.0, RATED_WIDTH / width)
 
 
 def build_stages(
@@ -35,7 +36,7 @@ def build_stages(
     flags: dict[str, Any],
     device: str,
     *,
-    width: int = QAD_WIDTH,
+    width: int = RATED_WIDTH,
     rounded: bool = False,
     qad_tokens: int | None = None,
     qad_learning_rate: float | None = None,
@@ -44,8 +45,9 @@ def build_stages(
 
     Args:
         width: hidden size of the parent.
-        rounded: the child has precisions. If nobody said what to do about it, a stage with qad follows the only one.
-        qad_tokens, qad_learning_rate: of that stage; out of all tokens.
+        rounded: the child has precisions. If nobody said what to do about it, the only stage is one with qad.
+        qad_tokens, qad_learning_rate: given, such a child learns as its master weights first, and so in a second stage,
+            which takes its tokens out of all.
     """
     section = recipe.get("distill", {})
     stages: list[dict[str, Any]] = section.get(STAGES) or [{}]
@@ -53,12 +55,15 @@ def build_stages(
         for name in OF_ONE_STAGE:
             if flags.get(name) is not None:
                 raise ConfigError(f"{flag(name)}: the recipe has {len(stages)} stages; write {name} in each of them")
+    of_second = (("qad_tokens", qad_tokens), ("qad_learning_rate", qad_learning_rate))
+    given = [name for name, value in of_second if value is not None]
     if rounded and STAGES not in section and flags.get("qad") is None and "qad" not in section:
-        return _with_qad(section, flags, device, width, qad_tokens, qad_learning_rate)
-    for name, value in (("qad_tokens", qad_tokens), ("qad_learning_rate", qad_learning_rate)):
-        if value is not None:
-            of = "a child with precisions where no stages are given and neither --qad nor --no-qad"
-            raise ConfigError(f"{flag(name)} is of the second stage of {of}; write {name.removeprefix('qad_')} instead")
+        if given:
+            return _in_two(section, flags, device, width, qad_tokens, qad_learning_rate)
+        return [build_stage(section, flags | {"qad": True}, device, width)]
+    for name in given:
+        of = "a child with precisions where no stages are given and neither --qad nor --no-qad"
+        raise ConfigError(f"{flag(name)} is of the second stage of {of}; write {name.removeprefix('qad_')} instead")
     return [build_stage(section | stage, flags, device, width) for stage in stages]
 
 
@@ -69,31 +74,34 @@ def build_stage(section: dict[str, Any], flags: dict[str, Any], device: str, wid
         return section.get(name) if flags.get(name) is None else flags[name]
 
     own: dict[str, Any] = {}
-    if said("qad"):
-        own = {"optimizer": QAD_OPTIMIZER, "learning_rate": qad_rate(width)}
-    elif said("learning_rate") is None and said("loss") in (None, "kl", "jsd"):
-        own = {"full_rate_kl": FULL_RATE_KL}
+    if said("learning_rate") is None:
+        if said("loss") in (None, "kl", "jsd"):
+            own["full_rate_kl"] = FULL_RATE_KL
+        if said("qad"):
+            own["learning_rate"] = qad_share(width) * build(DistillConfig, {}, {}, device).learning_rate
     on_cpu = {"device": "cpu"} if device == "cpu" else {}
     return build(DistillConfig, {"distill": section}, flags | on_cpu, device, own)
 
 
-def _with_qad(
+def _in_two(
     section: dict[str, Any],
     flags: dict[str, Any],
     device: str,
     width: int,
-    tokens: int | None,
-    learning_rate: float | None,
+    qad_tokens: int | None,
+    qad_learning_rate: float | None,
 ) -> list[DistillConfig]:
-    """The only stage, of the master weights, and one with qad that takes its tokens from the first."""
+    """A stage of the master weights, and one with qad that takes its tokens from the first."""
     first = build_stage(_without(section, OF_QAD), _without(flags, OF_QAD), device, width)
-    tokens = round(QAD_SHARE * first.tokens) if tokens is None else tokens
+    tokens = round(QAD_SHARE * first.tokens) if qad_tokens is None else qad_tokens
     if not 0 < tokens < first.tokens:
         raise ConfigError(
-            f"--qad-tokens {tokens} of --tokens {first.tokens}: each stage needs some; write --qad or --no-qad for one stage"
+            f"--qad-tokens {tokens} of --tokens {first.tokens}: each stage needs some; leave it out for one stage alone"
         )
-    own = {"qad": True, "tokens": tokens, "learning_rate": learning_rate}
-    second = build_stage(_without(section, NOT_OF_ADDED), _without(flags, NOT_OF_ADDED) | own, device, width)
+    if qad_learning_rate is not None and not 0 < qad_learning_rate < math.inf:
+        raise ConfigError(f"--qad-learning-rate is {qad_learning_rate}; it must be a positive number")
+    own = {"qad": True, "tokens": tokens, "learning_rate": qad_learning_rate}
+    second = build_stage(_without(section, NOT_OF_SECOND), _without(flags, NOT_OF_SECOND) | own, device, width)
     return [replace(first, tokens=first.tokens - tokens), second]
 
 

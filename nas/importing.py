@@ -47,6 +47,11 @@ def run_import(source: Path, directory: Path, scenario: Scenario, clock: str | N
     shape = with_usual_sizes(shape, architecture)
     found = describe(shape, architecture, scenario, clock) | {"imported": str(source), "child": None}
     if source.is_dir() and has_weights(source):
+        if content.get("quantization_config"):
+            raise CheckpointError(
+                f"{source} is packed, and `nas check` says what loads it; import the bf16 child that it was made from, or its "
+                "config.json alone"
+            )
         _write_child(directory / "child", source, content, shape, architecture)
         found["child"] = "child"
     save_json(directory / "architecture.json", found)

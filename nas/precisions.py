@@ -37,7 +37,7 @@ from blocks.layer import LayerMath, Weights, layer_forward
 from blocks.library import BlockLibrary, LayerLibrary
 from blocks.parent import Parent
 from blocks.rounded import round_layer
-from blocks.spec import BF16, Architecture, AttentionSpec, FFNSpec, LayerSpec
+from blocks.spec import BF16, NO_ATTENTION, NO_FFN, Architecture, AttentionSpec, FFNSpec, LayerSpec
 from blocks.sweep import StreamCheckpoints, Sweep
 from nas.costs import CostModel, Scenario
 from nas.data import load_pack, to_tokens
@@ -137,6 +137,17 @@ def with_precisions(
                 found[spec] = replace(row, attention=str(spec.attention), ffn=str(spec.ffn), score=score)
         joint.append(list(found.values()))
     return joint
+
+
+def held_by_none(table: Sequence[Sequence[ScoreRow]], formats: Sequence[str], costs: CostModel) -> list[str]:
+    """Those of the formats that no subblock of any candidate can be had in."""
+    parts = {
+        part for rows in table for row in rows for part in (row.spec.attention, row.spec.ffn) if part.kind != "skip"
+    }
+    alone = [
+        LayerSpec(part, NO_FFN) if isinstance(part, AttentionSpec) else LayerSpec(NO_ATTENTION, part) for part in parts
+    ]
+    return [name for name in formats if not any(costs.holds(spec.at(name)) for spec in alone)]
 
 
 @dataclass

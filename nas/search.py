@@ -42,6 +42,7 @@ from nas.run import Run, digest
 from nas.samplers import make_sampler
 from nas.score import build_again
 from nas.search_problem import choose_kv_dtype, load_candidates, score_precisions
+from nas.set_aside import set_aside_other_healing
 from nas.solve import Solution
 from nas.study import Ledger, architecture_of
 from nas.trials import Trials, meets_limits, origin_of, pruner
@@ -319,6 +320,8 @@ class Search:
             children["uniform"] = uniform
         elif self.run.has(f"{self.where}/uniform"):
             remove_directory(self.run.path(f"{self.where}/uniform"))
+        if self.where == ".":
+            set_aside_other_healing(self.run, self.key, self.reporter)  # it is of the child that goes now
         earlier = self.run.path(f"{self.where}/architecture.json")
         for name, wanted in children.items():
             child = self.assembler.assemble(wanted, f"the {name}" if self.config.refit else "")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from blocks.errors import CheckpointError, InfeasibleBudgetError
+from blocks.formats import format_named
 from blocks.parent import Parent
 from blocks.shape import ModelShape
 from nas.additive import Candidates
@@ -16,6 +17,7 @@ from nas.costs import CostModel, Scenario
 from nas.limits import bounds_of
 from nas.precisions import (
     PrecisionScoring,
+    held_by_none,
     known_precisions,
     load_precisions,
     parse_precisions,
@@ -60,6 +62,10 @@ def score_precisions(
     """Scores those precisions of a search that have no scores yet. Raises ConfigError for one that the target cannot serve."""
     formats = parse_precisions(config.precisions)
     require_served(run.config.target, formats)
+    table = load_table(run.path("scores.csv"))
+    for name in held_by_none(table, formats, CostModel(parent.shape, replace(scenario, kv_dtype="bfloat16"))):
+        shared = format_named(name).group
+        reporter.say(f"  warning: nothing of this parent can be had in {name}: no inputs are a multiple of {shared}")
     wanted = to_score(formats, scenario.kv_dtype.split(","))
     if wanted:
         with turn(run.path("config.yaml")):  # one worker makes them for all

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
@@ -28,12 +28,22 @@ from nas.solve import Problem, Solution, extreme, solve_pool
 from nas.table_fp8 import fp8_alone, subblock_size
 
 
-def run_table_search(path: Path, config: SearchConfig, scenario: Scenario, run: Path, dry_run: bool) -> dict[str, Any]:
+def run_table_search(
+    path: Path,
+    config: SearchConfig,
+    scenario: Scenario,
+    run: Path,
+    dry_run: bool,
+    formats: Collection[str] | None = None,
+) -> dict[str, Any]:
     """Solves the table's problem; writes RUN/architecture.json (and family.json of a sweep) unless `dry_run`.
+
+    Args:
+        formats: number formats that candidates may be in, beside bf16; None takes all that the table has.
 
     Raises:
         DataError: for a table that cannot be read or is not whole.
-        ConfigError: for a run of a parent, and for limits that the table says nothing of.
+        ConfigError: for a run of a parent, and for limits and formats that the table says nothing of.
         InfeasibleBudgetError: if no choice meets the limits.
     """
     if (run / "config.yaml").exists():
@@ -46,6 +56,8 @@ def run_table_search(path: Path, config: SearchConfig, scenario: Scenario, run: 
             "with bytes and times of all of them"
         )
     table = load_external(path, scenario)
+    if formats is not None:
+        table = table.in_formats(formats)
     if config.sweep is None:
         found = search_table(table, config, None)
         family: list[tuple[str, dict[str, Any]]] = []

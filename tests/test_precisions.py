@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nas.precisions import (
     KV8,
     PrecisionScores,
     PrecisionScoring,
+    held_by_none,
     load_precisions,
     parse_precisions,
     require_served,
@@ -165,6 +167,32 @@ def test_what_a_format_cannot_hold_is_no_candidate() -> None:
         hidden_64.layer_bytes(LayerSpec.parse("attention:kv2@int4+ffn:skip"))
     specs = candidates_of(("bf16", "int4", "fp8")).specs[0]
     assert {spec.attention.precision for spec in specs} == {"bf16", "fp8"}
+
+
+def test_channels_that_no_groups_divide_are_left_alone_though_padding_would_make_them_fit() -> None:
+    costs = CostModel(replace(SHAPE, hidden_size=128, intermediate_size=576), Scenario())  # on disk 768 channels
+    assert not costs.holds(LayerSpec.parse("attention:skip+ffn:576@int4"))
+    assert costs.holds(LayerSpec.parse("attention:skip+ffn:576@int4-g32"))
+    assert costs.holds(LayerSpec.parse("attention:skip+ffn:512@int4"))
+
+
+def test_gpus_share_whole_groups() -> None:
+    """o_proj and down_proj are cut along their inputs, where groups lie."""
+    shape = replace(SHAPE, hidden_size=128, head_dim=32, intermediate_size=11_776)
+    two, eight = (CostModel(shape, Scenario(tp=tp)) for tp in (2, 8))
+    for name, divide in (("bf16", True), ("fp8", True), ("int4-g32", True), ("nvfp4", True), ("int4", False)):
+        assert two.divides(LayerSpec.parse(f"attention:kv2@{name}+ffn:skip")) is divide, name  # 64 inputs each
+        channels = LayerSpec.parse(f"attention:skip+ffn:11776@{name}")
+        assert two.divides(channels) and eight.divides(channels) is divide, name  # 5,888 and 1,472 each
+
+
+def test_formats_that_hold_nothing_are_named() -> None:
+    narrow = replace(SHAPE, hidden_size=72, intermediate_size=500)
+    formats = ("bf16", "fp8", "nvfp4", "int4")
+    rows = [[row(0, LayerSpec.parse(f"attention:kv2+ffn:{width}"), 0.0)] for width in (500, 512)]
+    assert held_by_none(rows[:1], formats, CostModel(narrow, Scenario())) == ["nvfp4", "int4"]
+    assert held_by_none(rows[1:], formats, CostModel(SHAPE, Scenario())) == ["int4"]  # hidden size 64
+    assert held_by_none(rows[1:], formats, CostModel(replace(SHAPE, hidden_size=128), Scenario())) == []
 
 
 # ---- joint tables
@@ -435,6 +463,17 @@ def test_additivity_needs_precisions(world: World, tmp_path: Path) -> None:
     run = world.copy("scored", tmp_path / "run")
     failed = nas(*world.score_words(run), "--verify-additivity")
     assert failed.code != 0 and "add --precisions" in failed.err
+
+
+def test_precisions_that_cannot_be_are_refused_before_anything_is_scored(world: World, tmp_path: Path) -> None:
+    for words, message in (
+        (("--verify-additivity",), "add --precisions"),
+        (("--precisions", "fp8,bogus"), "precision 'bogus' is not known"),
+        (("--precisions", "fp8", "--target", "llamacpp"), "--precisions fp8: llama.cpp does not read it"),
+    ):
+        for more in ((), ("--dry-run",)):
+            failed = nas(*world.score_words(tmp_path / "run"), *words, *more)
+            assert failed.code != 0 and message in failed.err and not (tmp_path / "run").exists()
 
 
 def test_a_layer_forward_of_rounded_weights_differs(tiny_sweep: Callable[..., Sweep]) -> None:

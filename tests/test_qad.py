@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -42,7 +43,7 @@ from distill.stages import Stage, frozen_copy, heal_in_stages, stage_names
 from distill.trainer import heal
 from nas.commands.distill import child_of
 from nas.data import load_pack
-from nas.heal_stages import build_stages, qad_rate
+from nas.heal_stages import FULL_RATE_KL, build_stages
 from nas.measure import measure
 from nas.packed_export import made_for_nearest
 from nas.progress import Reporter
@@ -413,35 +414,45 @@ def test_stages_from_master_to_rounded_and_the_healed_as_teacher(tmp_path: Path)
         DistillConfig(teacher="healed")
 
 
-def test_a_child_with_precisions_gets_two_stages_unless_told() -> None:
-    def steps(recipe: dict[str, Any], flags: dict[str, Any], **more: Any) -> list[tuple[Any, ...]]:
-        stages = build_stages({"distill": recipe}, flags, "cuda", rounded=True, **more)
-        return [(each.qad, each.loss, each.tokens, each.learning_rate, each.optimizer, each.teacher) for each in stages]
+def test_a_child_with_precisions_is_trained_as_it_is_served_unless_told() -> None:
+    def steps(recipe: dict[str, Any], flags: dict[str, Any], device: str = "cuda", **more: Any) -> list[Any]:
+        stages = build_stages({"distill": recipe}, flags, device, rounded=True, **more)
+        return [
+            (each.qad, each.loss, each.tokens, pytest.approx(each.learning_rate), each.full_rate_kl, each.optimizer)
+            for each in stages
+        ]
 
-    master = (False, "kl", 7_500_000, 1e-3, "muon", "parent")
-    served = (True, "kl", 2_500_000, 1e-5, "adamw", "parent")
-    assert steps({}, {}) == [master, served]
-    assert steps({}, {}, width=16_384) == [master, (*served[:3], 2.5e-6, *served[4:])]
-    assert steps({}, {"qad": True}, width=576)[0][3] == qad_rate(576) == pytest.approx(7.1e-5, rel=0.01)
-    assert len(build_stages({}, {}, "cuda")) == 1
+    served = (True, "kl", 10_000_000, 1e-3, FULL_RATE_KL, "muon")
+    assert steps({}, {}) == [served] == steps({}, {"qad": True}) == steps({"qad": True}, {})
+    assert steps({}, {}, width=5760) == [(*served[:3], 1e-4, *served[4:])]  # the rate falls with the width,
+    assert steps({}, {}, width=64) == [served]  # and is no larger in narrower models
+    assert steps({}, {}, device="cpu", width=5760) == [(True, "kl", 32_768, 3e-5, FULL_RATE_KL, "adamw")]
+    assert steps({}, {"learning_rate": 1e-6}, width=5760) == [(*served[:3], 1e-6, None, "muon")]
+    assert steps({"loss": "ce"}, {}, width=5760) == [(True, "ce", 10_000_000, 1e-4, None, "muon")]
+    assert steps({}, {"qad": False}) == [(False, *served[1:])] == steps({"qad": False}, {})
+    assert [each.qad for each in build_stages({}, {}, "cuda")] == [False]
+    # Two stages, where anything of the second is given.
+    master = (False, "kl", 7_500_000, 1e-3, FULL_RATE_KL, "muon")
+    assert steps({}, {}, qad_tokens=2_500_000) == [master, (True, "kl", 2_500_000, *served[3:])]
+    assert steps({}, {}, qad_learning_rate=1e-6) == [master, (True, "kl", 2_500_000, 1e-6, None, "muon")]
     flags = {"tokens": 1000, "learning_rate": 0.1, "loss": "jsd", "teacher": "healed"}
     assert steps({"optimizer": "adamw"}, flags, qad_tokens=100, qad_learning_rate=1e-6) == [
-        (False, "jsd", 900, 0.1, "adamw", "parent"),
-        (True, "kl", 100, 1e-6, "adamw", "healed"),
+        (False, "jsd", 900, 0.1, None, "adamw"),
+        (True, "kl", 100, 1e-6, None, "adamw"),
     ]
-    alone = (True, "kl", 10_000_000, 1e-5, "adamw", "parent")
-    assert steps({}, {"qad": True}) == [alone] == steps({"qad": True}, {})
-    assert steps({}, {"qad": False})[0][:3] == (False, "kl", 10_000_000) and len(steps({"qad": False}, {})) == 1
+    teachers = [each.teacher for each in build_stages({}, flags, "cuda", rounded=True, qad_tokens=100)]
+    assert teachers == ["parent", "healed"]
     listed = {"stages": [{"tokens": 5000}, {"qad": True, "tokens": 500}, {"qad": True, "learning_rate": 1e-4}]}
-    assert [each[:4] for each in steps(listed, {})] == [
+    assert [each[:4] for each in steps(listed, {}, width=5760)] == [
         (False, "kl", 5000, 1e-3),
-        (True, "kl", 500, 1e-5),
+        (True, "kl", 500, 1e-4),
         (True, "kl", 10_000_000, 1e-4),
     ]
     for recipe, given, more, message in (
         (listed, {"qad": True}, {}, "--qad: the recipe has 3 stages"),
         ({}, {"qad": True}, {"qad_tokens": 5}, "--qad-tokens is of the second stage .*; write tokens instead"),
         ({}, {"tokens": 100}, {"qad_tokens": 100}, "--qad-tokens 100 of --tokens 100: each stage needs some"),
+        ({}, {}, {"qad_learning_rate": -1.0}, "--qad-learning-rate is -1.0; it must be a positive number"),
     ):
         with pytest.raises(ConfigError, match=message):
             steps(recipe, given, **more)
@@ -507,6 +518,25 @@ def test_a_run_is_healed_and_then_as_it_is_served(world: World, in_formats: Path
     assert "healed already" in nas("distill", "--run", in_formats, *HEALING, *words).err
     assert "as it is rounded to nearest" in made_for_nearest(in_formats / "healed")
     assert made_for_nearest(in_formats / "child") == made_for_nearest(in_formats) == ""
+
+
+def test_by_default_it_is_trained_as_it_is_served_and_never_ends_worse(in_formats: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(in_formats, tmp_path / "run"))
+    result = succeed("distill", "--run", run, *HEALING, "--json").json
+    (stage,) = result["stages"]
+    assert (stage["name"], stage["config"]["qad"], stage["config"]["full_rate_kl"]) == ("1-qad", True, FULL_RATE_KL)
+    assert stage["best"]["kl"] < stage["before"]["kl"]
+    best = succeed("distill", "--run", run, *HEALING, "--restart", "--learning-rate", 0.5, "--json").json["healing"]
+    assert best["best_step"] == 0 and best["best"] == best["before"]
+
+
+def test_stages_that_harm_are_told(in_formats: Path, tmp_path: Path) -> None:
+    """The master's best weights are not the best ones to round."""
+    run = Path(shutil.copytree(in_formats, tmp_path / "run"))
+    words = ("--tokens", 256, "--batch-sequences", 4, "--sequence-length", 32, "--qad-tokens", 128)
+    said = succeed("distill", "--run", run, *words, "--optimizer", "muon", "--qad-learning-rate", 1.0)
+    print(said.err, said.out)
+    assert "warning: the child is further from the parent than before healing" in said.err
 
 
 def test_the_written_child_computes_what_was_evaluated(world: World, in_formats: Path) -> None:

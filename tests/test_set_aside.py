@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from app import BUDGET, World, contents, succeed
 
 from blocks.files import save_json, save_text
 from nas.config import RunConfig
-from nas.heal import forget_healing, set_aside_other_child
+from nas.export import find_child
 from nas.progress import Reporter
 from nas.run import Run
+from nas.set_aside import HEALED_FOR, forget_healing, set_aside_other_healing
 
 
 @pytest.fixture
@@ -21,13 +23,14 @@ def run(tmp_path: Path) -> Run:
 def heal(run: Run, search: str, told: str = "") -> None:
     """As `nas distill` does after `nas search`, but at once."""
     set_aside(run, search)
+    save_json(run.path(HEALED_FOR), {"search": search})
     for name in ("distill", "healed"):
         save_text(run.path(name) / "weights", search + told)
 
 
 def set_aside(run: Run, search: str) -> None:
     save_json(run.path("architecture.json"), {"key": search})
-    set_aside_other_child(run, search, Reporter(quiet=True))
+    set_aside_other_healing(run, search, Reporter(quiet=True))
 
 
 def kept(run: Run) -> dict[str, str]:
@@ -81,3 +84,13 @@ def test_killed_between_two_renames(run: Run, monkeypatch: pytest.MonkeyPatch, r
     set_aside(run, after)
     others = {f"{name}-{search}": search for name in ("distill", "healed") for search in {"a", "b", "c"} - {after}}
     assert kept(run) == {"distill": after, "healed": after, **others}
+
+
+def test_what_a_run_has_healed_is_of_its_present_child(world: World, tmp_path: Path) -> None:
+    run = world.copy("healed", tmp_path / "run")
+    healed = contents(run / "healed")
+    other = succeed("search", "--run", run, "--budget", "0.5", *BUDGET[2:])
+    assert "healing of an earlier search is kept" in other.err and not (run / "healed").exists()
+    assert find_child(run) == run / "child"
+    succeed("search", "--run", run, *BUDGET)
+    assert contents(run / "healed") == healed and find_child(run) == run / "healed"

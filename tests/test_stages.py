@@ -196,11 +196,9 @@ def test_the_rate_follows_the_damage_unless_it_was_said() -> None:
     def full_rate_kl(recipe: dict[str, Any], **flags: Any) -> list[float | None]:
         return [stage.full_rate_kl for stage in build_stages({"distill": recipe}, flags, "cuda", rounded=True)]
 
-    assert (
-        full_rate_kl({}) == full_rate_kl({"loss": "jsd"}, learning_rate=None) == [FULL_RATE_KL, None]
-    )  # 2-qad: by width
-    assert full_rate_kl({}, learning_rate=1e-4) == full_rate_kl({"learning_rate": 1e-4}) == [None, None]
-    assert full_rate_kl({}, qad=True) == [None]
+    assert full_rate_kl({}) == full_rate_kl({"loss": "jsd"}, learning_rate=None) == [FULL_RATE_KL]
+    assert full_rate_kl({}, learning_rate=1e-4) == full_rate_kl({"learning_rate": 1e-4}) == [None]
+    assert full_rate_kl({}, qad=True) == [FULL_RATE_KL]
     assert full_rate_kl({"qad": False, "loss": "ce"}) == full_rate_kl({"qad": False}, loss="bld") == [None]
     assert full_rate_kl({"qad": False, "learning_rate": 1e-4, "full_rate_kl": 0.1}) == [0.1]
     listed = [{"full_rate_kl": None}, {"learning_rate": 1e-3}, {"tokens": 5}]

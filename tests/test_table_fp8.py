@@ -345,3 +345,19 @@ def test_too_little_tells_no_shape() -> None:
     row = counted(LLAMA_70B, spec)
     assert find_shape([Count.of(spec, row["parameters"], row["kv_bytes_per_token"])], 80) is None
     assert find_shape([], 0) is None
+
+
+def test_a_table_is_searched_in_the_formats_that_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", library(TINY, formats=("bf16", "fp8", "nvfp4")))
+
+    def formats(*words: str) -> set[str]:
+        found = succeed("search", "--scores", path, "--budget", "0.3", "--run", tmp_path / "run", *words, "--json").json
+        return set(Architecture.from_list(found["layers"]).precisions)
+
+    assert "nvfp4" in formats() and formats("--precisions", "fp8,nvfp4") == formats()
+    assert "nvfp4" not in formats("--precisions", "fp8") and formats("--precisions", "bf16") == {"bf16"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("search: {precisions: fp8}\n")
+    assert formats("--recipe", str(recipe)) == formats("--precisions", "fp8")
+    failed = nas("search", "--scores", path, "--budget", "0.3", "--run", tmp_path / "run", "--precisions", "int4")
+    assert failed.code != 0 and f"--precisions int4: {path} has no row in it; it has fp8, nvfp4" in failed.err

@@ -32,7 +32,7 @@ nas distill --tokens 20000000 --batch-sequences 32 --sequence-length 1024
 
 nas distill --recipe stages.yaml                          block-local, distillation, then longer text (docs/formats.md)
 
-nas distill --qad-tokens 4000000                          a child with precisions: its master weights, then as it is served
+nas distill --qad-tokens 4000000                          a child with precisions: its master weights first, then as it is served
 
 torchrun --nproc-per-node 8 -m -- nas distill --run runs/70b --sharding full   both models sharded over 8 GPUs
 
@@ -64,18 +64,22 @@ def distill(
         bool | None,
         typer.Option(
             "--qad/--no-qad",
-            help="Train a child with precisions as it is served, or its master weights, alone; one after the other if not given.",
+            help="Train a child with precisions as it is served, which is the default, or its master weights.",
         ),
     ] = None,
     qad_tokens: Annotated[
-        int | None, typer.Option(help="Of the tokens, those of the stage that trains it as it is served; a quarter.")
+        int | None,
+        typer.Option(help="Train its master weights first, and it as it is served on so many of the tokens."),
     ] = None,
     qad_learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of that stage; 1e-5 at width 4,096, inversely with it.")
+        float | None,
+        typer.Option(help="Peak learning rate of that second stage; asks for it, too, on a quarter of the tokens."),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Of that stage: parent, or healed (the weights that it starts from, as they are)."),
+        typer.Option(
+            help="Of training as it is served: parent, or healed (the weights that it starts from, as they are)."
+        ),
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, or muon for the matrices inside layers.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant.")] = None,
@@ -116,7 +120,8 @@ def distill(
     own: dict[str, Any] = {"qad_tokens": qad_tokens, "qad_learning_rate": qad_learning_rate}
     stages = build_stages(load_recipe(recipe), flags, place.type, **own, **child_of(run))
 
-    from nas.heal import forget_healing, run_distill
+    from nas.heal import run_distill
+    from nas.set_aside import forget_healing
 
     opened_run, parent = open_run_and_parent(run)
     if dry_run:

@@ -135,6 +135,12 @@ def score(
     from search_spaces import load_space
 
     loaded_space = load_space(config.space, config.target)
+    if precisions is not None:
+        from nas.precisions import parse_precisions, require_served
+
+        require_served(config.target, parse_precisions(precisions))
+    elif verify_additivity:
+        raise ConfigError("--verify-additivity compares precisions; add --precisions fp8,nvfp4")
     opened = open_parent(config.parent)
     if dry_run:
         from nas.plan import plan_score
@@ -157,8 +163,6 @@ def score(
         tokens = build(SearchConfig, sections, {"budget": 1.0, "precisions": precisions}, place.type).precision_tokens
         told = score_and_check(opened_run, opened, place, reporter(as_json), precisions, tokens, verify_additivity)
         summary = {**summary, "precisions": told}
-    elif verify_additivity:
-        raise ConfigError("--verify-additivity compares precisions; add --precisions fp8,nvfp4")
     if as_json:
         return emit(summary, as_json)
     from nas.show import correlation_line

@@ -135,10 +135,13 @@ def search(
     config = build(SearchConfig, sections, settings_of(SearchConfig, arguments), place.type)
     scenario = build(Scenario, sections, settings_of(Scenario, arguments), place.type)
     if scores is not None:
+        from nas.precisions import parse_precisions
         from nas.table_search import run_table_search
 
         run = DEFAULT_RUN.with_name(scores.stem) if run == DEFAULT_RUN else run
-        return show_search(run_table_search(scores, config, scenario, run, dry_run), run, as_json, dry_run)
+        said = precisions is not None or "precisions" in sections.get("search", {})
+        formats = parse_precisions(config.precisions) if said else None
+        return show_search(run_table_search(scores, config, scenario, run, dry_run, formats), run, as_json, dry_run)
 
     from nas.heal_stages import build_stage
     from nas.search import run_search
