@@ -236,7 +236,7 @@ def _notes(report: dict[str, Any]) -> dict[str, str]:
     notes = {
         "map": None if report["map"] else f"No architecture was chosen in {run} yet: {search}.",
         "scores": None if report["scores"] else "No score table lies in this run: it was searched on a table from elsewhere.",
-        "pareto": None if measured else "No child was measured: without the parent at hand there is no true KL.",
+        "pareto": None if measured else "No child was measured: without the parent at hand there is no true KL." if report["map"] else f"No child was measured yet: {search}.",
         "speed": None if timed else "No clock: give nas search a --clock, a profile of nas bench or the name of a device.",
         "predicted": None if any(p["predicted_kl"] for p in measured) else "No child was measured, so no prediction was checked.",
         "budget": None if any((m["cost"] or {}).get("total_bytes") for m in report["models"]) else f"No costs yet: {search}.",
