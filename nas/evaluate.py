@@ -93,7 +93,10 @@ def find_subjects(config: EvalConfig, parent: str, run: Run | None) -> list[Subj
             continue
         if name in named:
             raise ConfigError(f"--model {words}: two models are named {name}; write NAME={where}")
-        named[name] = _directory(where)
+        try:
+            named[name] = _directory(where)
+        except ConfigError as error:
+            raise ConfigError(f"--model {words}: {error}") from error
     return [Subject(name, str(path), fingerprint(path)) for name, path in named.items()]
 
 

@@ -15,8 +15,8 @@ RATED_WIDTH = 576
 """Hidden size of the parent that the rates of quantization-aware distillation were tried on (`qad_share`)."""
 FULL_RATE_KL = 0.5
 """Where nobody said at which rate: the KL from which on a child is healed at the full one (docs/method.md)."""
-QAD_SHARE = 0.25
-"""Of the tokens, what the stage with qad gets where a child with precisions is healed in two stages."""
+SECOND_SHARE = 0.25
+"""Of the tokens, what the stage with qad gets where a child with precisions is healed in two."""
 OF_QAD = ("qad", "teacher")
 NOT_OF_SECOND = ("loss", "cosine", "tokens", "learning_rate")
 """Settings that are meant for the first of these two stages."""
@@ -93,7 +93,7 @@ def _in_two(
 ) -> list[DistillConfig]:
     """A stage of the master weights, and one with qad that takes its tokens from the first."""
     first = build_stage(_without(section, OF_QAD), _without(flags, OF_QAD), device, width)
-    tokens = round(QAD_SHARE * first.tokens) if qad_tokens is None else qad_tokens
+    tokens = round(SECOND_SHARE * first.tokens) if qad_tokens is None else qad_tokens
     if not 0 < tokens < first.tokens:
         raise ConfigError(
             f"--qad-tokens {tokens} of --tokens {first.tokens}: each stage needs some; leave it out for one stage alone"
