@@ -48,7 +48,7 @@ class DistillConfig:
     qad: bool = False
     """Quantization-aware distillation: the child computes in its precisions while it learns, matrices and inputs rounded in
     each forward pass, gradients straight through, and is evaluated so. Without it a child with precisions learns, and is
-    evaluated, as the master weights that it is rounded from. A small step suits it: see `nas.heal_stages.qad_share`."""
+    evaluated, as the master weights that it is rounded from. A small step suits it: see `nas.heal_stages.qad_rate`."""
 
     teacher: str = "parent"
     """Whom it learns from: the "parent"; or, with qad, "healed": the weights that the stage starts from, frozen and in bf16."""

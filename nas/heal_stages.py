@@ -11,8 +11,8 @@ from distill.config import DistillConfig
 from nas.config import STAGES, build, flag
 
 OF_ONE_STAGE = ("loss", "data", "tokens", "sequence_length", "learning_rate", "qad", "teacher")
-RATED_WIDTH = 576
-"""Hidden size of the parent that the rates of quantization-aware distillation were tried on (`qad_share`)."""
+QAD_RATES, RATED_WIDTH = {"adamw": 7.1e-5, "muon": 1e-3}, 576
+"""Peak learning rates of quantization-aware distillation by optimizer, and the hidden size that they were tried on (`qad_rate`)."""
 FULL_RATE_KL = 0.5
 """Where nobody said at which rate: the KL from which on a child is healed at the full one (docs/method.md)."""
 SECOND_SHARE = 0.25
@@ -22,13 +22,13 @@ NOT_OF_SECOND = ("loss", "cosine", "tokens", "learning_rate")
 """Settings that are meant for the first of these two stages."""
 
 
-def qad_share(width: int) -> float:
-    """Of the device's learning rate, what quantization-aware distillation of models of a hidden size begins from.
+def qad_rate(optimizer: str, width: int) -> float:
+    """Peak learning rate of quantization-aware distillation of models of a hidden size, for a KL of `FULL_RATE_KL` and more.
 
-    The step that an optimizer of Adam's size should take falls with the width (muP, arXiv 2203.03466), and 1e-6 to 1e-5 is
-    published of large models (arXiv 2601.20088): with AdamW's 3e-4, and a child whose KL is 0.02, it is 8e-6 at 4,096.
+    1e-6 to 1e-5 with AdamW is published of large models (arXiv 2601.20088); the step that an optimizer should take falls with
+    the width (muP, arXiv 2203.03466). So with AdamW it is 1e-5 at 4,096, and 2e-6 of a child whose KL is 0.02.
     """
-    return min(1.0, RATED_WIDTH / width)
+    return QAD_RATES[optimizer] * min(1.0, RATED_WIDTH / width)
 
 
 def build_stages(
@@ -77,8 +77,9 @@ def build_stage(section: dict[str, Any], flags: dict[str, Any], device: str, wid
     if said("learning_rate") is None:
         if said("loss") in (None, "kl", "jsd"):
             own["full_rate_kl"] = FULL_RATE_KL
-        if said("qad"):
-            own["learning_rate"] = qad_share(width) * build(DistillConfig, {}, {}, device).learning_rate
+        optimizer = said("optimizer") or build(DistillConfig, {}, {}, device).optimizer
+        if said("qad") and optimizer in QAD_RATES:  # or DistillConfig refuses it
+            own["learning_rate"] = qad_rate(optimizer, width)
     on_cpu = {"device": "cpu"} if device == "cpu" else {}
     return build(DistillConfig, {"distill": section}, flags | on_cpu, device, own)
 

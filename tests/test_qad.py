@@ -426,7 +426,8 @@ def test_a_child_with_precisions_is_trained_as_it_is_served_unless_told() -> Non
     assert steps({}, {}) == [served] == steps({}, {"qad": True}) == steps({"qad": True}, {})
     assert steps({}, {}, width=5760) == [(*served[:3], 1e-4, *served[4:])]  # the rate falls with the width,
     assert steps({}, {}, width=64) == [served]  # and is no larger in narrower models
-    assert steps({}, {}, device="cpu", width=5760) == [(True, "kl", 32_768, 3e-5, FULL_RATE_KL, "adamw")]
+    assert steps({}, {}, device="cpu", width=5760) == [(True, "kl", 32_768, 7.1e-6, FULL_RATE_KL, "adamw")]
+    assert steps({}, {"optimizer": "adamw"}) == [(*served[:3], 7.1e-5, FULL_RATE_KL, "adamw")]
     assert steps({}, {"learning_rate": 1e-6}, width=5760) == [(*served[:3], 1e-6, None, "muon")]
     assert steps({"loss": "ce"}, {}, width=5760) == [(True, "ce", 10_000_000, 1e-4, None, "muon")]
     assert steps({}, {"qad": False}) == [(False, *served[1:])] == steps({"qad": False}, {})
