@@ -7,6 +7,7 @@ overrides the recipe.
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -70,7 +71,7 @@ class ScoreConfig:
         require("bld_tokens", self.bld_tokens, self.bld_tokens >= 0, "0 or more")
         require("bld_learning_rate", self.bld_learning_rate, self.bld_learning_rate > 0, "above 0")
         require("fit", self.fit, self.fit in ("fitted", "cut"), "fitted or cut")
-        require("pseudo_tokens", self.pseudo_tokens, self.pseudo_tokens > 0, "above 0")
+        require("pseudo_tokens", self.pseudo_tokens, 0 < self.pseudo_tokens < math.inf, "a number above 0")
         require("exact_share", self.exact_share, 0 <= self.exact_share <= 1, "between 0 and 1")
         for name in ("label_samples", "exact_tokens"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
@@ -165,7 +166,9 @@ class SearchConfig:
             rounds = any(name.strip() not in ("", "bf16") for name in self.precisions.split(","))
             require("quantizer", self.quantizer, rounds, "nearest without --precisions")
         require("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
-        require("refit_pseudo_tokens", self.refit_pseudo_tokens, self.refit_pseudo_tokens > 0, "above 0")
+        require(
+            "refit_pseudo_tokens", self.refit_pseudo_tokens, 0 < self.refit_pseudo_tokens < math.inf, "a number above 0"
+        )
         for name in (
             "verify",
             "verify_tokens",
@@ -179,6 +182,7 @@ class SearchConfig:
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("path_steps", "seed"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        require("seed", self.seed, self.seed < 2**32, "below 2^32, as Optuna's samplers take it")
 
     def _range(self, name: str) -> Range | None:
         value = getattr(self, name)
@@ -378,7 +382,7 @@ def _in_words(wanted: Any) -> str:
     if get_origin(wanted) is tuple:
         return "a list of " + " and ".join(map(_in_words, get_args(wanted)))
     if get_args(wanted):
-        return _in_words(get_args(wanted)[0])
+        return " or ".join(_in_words(kind) for kind in get_args(wanted) if kind is not type(None))
     # 6e-4 is text to YAML.
     words = {int: "a whole number", float: "a number (with a dot: 6.0e-4)", str: "text", bool: "true or false"}
     return words.get(wanted, wanted.__name__)

@@ -193,18 +193,20 @@ class CostModel:
         return int({"ttft": times.prefill_ns, "tpot": times.decode_ns, "request": whole}[limit])
 
     def divides(self, layer: LayerSpec) -> bool:
-        """Whether `tp` GPUs can share a layer: heads and channels divide, KV heads divide or are replicated, and no group of
+        """Whether `tp` GPUs can share a layer as it is on disk: heads and channels divide, KV heads divide or are replicated, and no group of
         weights that share a scale is cut."""
-        tp, heads = self.scenario.tp, layer.attention.kv_heads
-        queries = layer.attention.kind != "kv" or self.shape.num_attention_heads % tp == 0
-        whole = queries and (heads % tp == 0 or tp % heads == 0 if heads else True) and layer.ffn.width % tp == 0
-        return whole and (tp == 1 or layer == layer.structure or self._groups_divide(layer))
+        if (tp := self.scenario.tp) == 1:
+            return True
+        shape, (built,) = as_built(self.shape, Architecture((layer,)))
+        heads = built.attention.kv_heads
+        queries = built.attention.kind != "kv" or shape.num_attention_heads % tp == 0
+        whole = queries and (heads % tp == 0 or tp % heads == 0 if heads else True) and built.ffn.width % tp == 0
+        return whole and (layer == layer.structure or self._groups_divide(shape, built))
 
-    def _groups_divide(self, layer: LayerSpec) -> bool:
+    def _groups_divide(self, shape: ModelShape, built: LayerSpec) -> bool:
         """Whether each GPU has whole groups of the inputs of o_proj and down_proj, which are shared out among them."""
         from blocks.formats import format_named
 
-        shape, (built,) = as_built(self.shape, Architecture((layer,)))
         heads = shape.num_attention_heads * shape.head_dim if built.attention.kind == "kv" else 0
         shared_out = ((built.attention, heads), (built.ffn, built.ffn.width))
         return all(

@@ -91,7 +91,7 @@ class DataConfig:
                     f"({least} tokens); raise it or shorten sequence_length"
                 )
         shares = self.calibration_share, self.heldout_share
-        if min(shares) <= 0 or sum(shares) >= 1:
+        if not (min(shares) > 0 and sum(shares) < 1):  # nan is neither
             raise ConfigError(f"calibration_share and heldout_share are {shares}; each above 0, together below 1")
 
     @property

@@ -13,6 +13,7 @@ itself or comes from a newer version, is an error of one line.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -255,7 +256,10 @@ def export_child(
         ConfigError: if something else than a child stands at `out`, or text is needed that is not there.
     """
     rewrite, engine = plan_export(child, to, portable, pack), ENGINES[to]
-    _check_target(child, out, engine.gguf)
+    if engine.gguf:
+        _check_gguf_target(out)
+    else:
+        check_target(child.path, out)
     formats = rewrite.architecture.rounded
     names = len(expected_tensors(rewrite.shape, rewrite.architecture))
     if formats:
@@ -275,7 +279,7 @@ def export_child(
         "child": str(child.path),
         "to": to,
         "out": str(out),
-        "load": engine.load.replace("CHILD.gguf", str(out)).replace("CHILD", str(out)),
+        "load": engine.load.replace("CHILD.gguf", "CHILD").replace("CHILD", shlex.quote(str(out))),
         "layers": {"before": len(child.architecture), "after": len(rewrite.architecture)},
         "changes": changes,
         "added_bytes": sum(change["bytes"] for change in changes),
@@ -339,13 +343,15 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _check_target(child: Child, out: Path, gguf: bool) -> None:
-    if out.resolve() in (child.path.resolve(), *child.path.resolve().parents):
+def _check_gguf_target(out: Path) -> None:
+    if out.is_dir() or out.suffix != ".gguf":
+        raise ConfigError(f"--out {out}: llama.cpp reads one file; give a name that ends in .gguf")
+
+
+def check_target(child: Path, out: Path) -> None:
+    """Raises ConfigError if a child must not be written to `out`: what lies there is the child, of a run, or no child."""
+    if out.resolve() in (child.resolve(), *child.resolve().parents):
         raise ConfigError(f"--out {out} holds the child itself; give another place")
-    if gguf:
-        if out.is_dir() or out.suffix != ".gguf":
-            raise ConfigError(f"--out {out}: llama.cpp reads one file; give a name that ends in .gguf")
-        return
     if out.name in ("child", "healed", "uniform") and (out.parent / "config.yaml").exists():
         raise ConfigError(f"--out {out} is what the run {out.parent} has made itself; give another place")
     if out.exists() and not _is_child(out):

@@ -26,7 +26,7 @@ from blocks.parent import Parent, child_as_parent
 from blocks.spec import Architecture
 from blocks.sweep import Sweep
 from blocks.weights import EMBEDDING, FINAL_NORM, HEAD
-from nas.clock import MS
+from nas.clock import MS, part_of
 from nas.config import require, to_dict
 from nas.costs import Scenario
 from nas.data import to_tokens
@@ -90,8 +90,9 @@ def open_sweep(path: Path, device: torch.device) -> Sweep:
 
 def plan_fusion(source: Path, out: Path, config: FusionConfig, scenario: Scenario, on_gpu: bool) -> dict[str, Any]:
     """What would be done, for --dry-run; reads no weights. Raises ConfigError as `fuse_child`."""
-    _, architecture = read_architecture(source)
+    shape, architecture = read_architecture(source)
     _check_formats(source, architecture)
+    part_of("num_attention_heads", shape.num_attention_heads, scenario.tp)
     stretches = ffn_stretches(architecture)
     return {
         "child": str(source),
@@ -131,6 +132,7 @@ def fuse_child(
         return done
     shape, architecture = read_architecture(task.source)
     _check_formats(task.source, architecture)
+    part_of("num_attention_heads", shape.num_attention_heads, scenario.tp)
     sweep = open_sweep(task.source, device)
     stretches = ffn_stretches(architecture)
     tokens = to_tokens(task.calibration, config.tokens, device)
@@ -149,6 +151,7 @@ def fuse_child(
     result: dict[str, Any] = {"key": key, "child": str(task.source), "fused": str(task.out) if runs else None}
     result |= {"runs": [list(run) for run in runs], "stretches": [list(stretch) for stretch in stretches]}
     result |= _told(rows, child, times, architecture, scenario, config, tokens.numel())
+    made_before = task.record.exists()
     task.record.unlink(missing_ok=True)
     if runs:
         with reporter.task("Writing the fused child", 1) as advance:
@@ -157,7 +160,7 @@ def fuse_child(
         del child, sweep
         directories = {"unfused": task.source, "fused": task.out}
         result["heldout"] = measure(parent, directories, task.heldout, device, reporter)
-    elif task.out.exists():
+    elif made_before and task.out.exists():
         remove_directory(task.out)  # of another setting; this one fuses nothing
     save_json(task.record, result)
     return result

@@ -12,6 +12,7 @@ from blocks.errors import ConfigError
 from nas.config import DataConfig
 from nas.costs import Scenario
 from nas.data import prepare_data
+from nas.export import check_target
 from nas.fusion import FusionConfig, Task, fuse_child, plan_fusion
 from nas.progress import Reporter
 
@@ -39,8 +40,7 @@ def fuse_path(
     if parent is None or data is None:
         raise ConfigError(f"nas fuse {path} needs the parent and some text: --parent PARENT --data TEXT")
     out = out or path.with_name(f"{path.name}-fused")
-    if out.resolve() == path.resolve():
-        raise ConfigError(f"--out {out} is the child itself; write the fused one elsewhere")
+    check_target(path, out)
     if dry_run:
         return plan_fusion(path, out, config, scenario, device.type == "cuda")
     from blocks.parent import open_parent

@@ -74,9 +74,7 @@ def create_run(directory: Path, config: RunConfig, fingerprint: str) -> Run:
     A run whose text was never packed (no such text, or too little of it) holds nothing yet and takes other settings.
     Raises CheckpointError if the directory belongs to something else.
     """
-    if (directory / "config.yaml").exists() and (directory / "data" / "split.json").exists():
-        run = open_run(directory)
-        _require_same(run, config, fingerprint)
+    if (run := find_run(directory, config, fingerprint)) is not None:
         return run
     directory.mkdir(parents=True, exist_ok=True)
     save_json(directory / "env.json", environment())
@@ -84,6 +82,15 @@ def create_run(directory: Path, config: RunConfig, fingerprint: str) -> Run:
     content = to_dict(config) | {"fingerprint": fingerprint}
     save_text(directory / "config.yaml", yaml.safe_dump(content, sort_keys=False))
     return Run(directory, config, fingerprint)
+
+
+def find_run(directory: Path, config: RunConfig, fingerprint: str) -> Run | None:
+    """The run that is there, with its text; None if there is none yet. Raises CheckpointError if it belongs to something else."""
+    if not ((directory / "config.yaml").exists() and (directory / "data" / "split.json").exists()):
+        return None
+    run = open_run(directory)
+    _require_same(run, config, fingerprint)
+    return run
 
 
 def open_run(directory: Path) -> Run:

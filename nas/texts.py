@@ -67,7 +67,7 @@ def read_text(source: str, column: str, tokenizer: Any, length: int, tokens: int
     sequences = (min(len(ids), tokens) if tokens else len(ids)) // length
     if sequences < 2:
         raise DataError(
-            f"--data {source} gives {len(ids)} tokens, less than two sequences of {length}; "
+            f"--data {source} gives {min(len(ids), tokens) if tokens else len(ids)} tokens, less than two sequences of {length}; "
             "give more text, a larger --text-tokens or a shorter --sequence-length"
         )
     return Text(source, np.array(ids[: sequences * length], np.uint32).reshape(sequences, length))

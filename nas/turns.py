@@ -1,11 +1,13 @@
-"""Workers that share a run directory take turns where they would write the same files."""
+"""Commands in one run directory at once: searches take turns where they would write the same files, the others refuse."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blocks.errors import ConfigError
 from blocks.files import write_errors
 
 
@@ -23,3 +25,24 @@ def turn(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Lets no other process within an `alone` of this directory; one that is killed lets go at once.
+
+    On a file system that knows no locks of directories, nobody is kept out. Raises ConfigError if another is there.
+    """
+    import fcntl
+
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another nas command is at work in {run}; let it end, or use another --run") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)

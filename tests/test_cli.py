@@ -339,6 +339,7 @@ def test_a_run_keeps_its_parent_and_settings(world: World, tmp_path: Path) -> No
     other = tiny_llama(tmp_path / "other", seed=1, initializer_range=0.1, intermediate_size=768)
     words = world.score_words(run)
     assert re.search(r"belongs to another parent: .*--restart", fails(1, *words[:2], other, *words[3:]))
+    assert re.search(r"belongs to another parent: .*--restart", fails(1, *words[:2], other, *words[3:], "--dry-run"))
     assert contents(run) == before
 
 

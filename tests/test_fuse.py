@@ -607,6 +607,22 @@ def test_a_child_without_such_layers_has_nothing_to_fuse(world: World, tmp_path:
     assert "nothing to fuse" in succeed("fuse", "--run", run).out
 
 
+def test_what_is_no_child_stays_where_out_points(world: World, tmp_path: Path) -> None:
+    run = world.copy("searched", tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    words = ("fuse", run / "child", "--parent", world.parent, "--data", world.text, "--clock", "H100", "--tokens", 128)
+    for out, message in (
+        (tmp_path / "mine", "is there already and no child"),
+        (run, "holds the child itself"),
+        (run / "uniform", "has made itself"),
+    ):
+        before = contents(out)
+        for more in ((), ("--dry-run",)):
+            refused = nas(*words, "--out", out, *more)
+            assert refused.code != 0 and message in refused.err and contents(out) == before
+
+
 def test_a_fused_architecture_can_be_benched(searched: Path, tmp_path: Path) -> None:
     run = copy(searched, tmp_path)
     succeed("fuse", "--run", run, *FUSE, "--replace")

@@ -201,6 +201,12 @@ def test_what_gpus_cannot_share_is_left_out() -> None:
     assert [str(spec) for spec in five] == ["attention:skip+ffn:skip"]
 
 
+def test_gpus_share_channels_as_they_are_on_disk() -> None:
+    """777 channels are written as 1,024."""
+    costs = CostModel(shape_of(2, intermediate_size=777), Scenario(tp=2))
+    assert costs.divides(LayerSpec.parse("attention:kv2+ffn:777"))
+
+
 def test_gpus_that_can_share_nothing_are_one_clear_line() -> None:
     table = table_of([{"attention:kv2+ffn:768": 0.0, "attention:skip+ffn:256": 0.1}, {"attention:kv2+ffn:768": 0.0}])
     with pytest.raises(

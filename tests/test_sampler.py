@@ -18,8 +18,10 @@ from optuna.trial import TrialState
 from tables import Table, costs_of, every_architecture, limited, random_table, row, shape_of
 
 import nas.proposals
+from blocks.errors import ConfigError
 from blocks.spec import Architecture, LayerSpec
 from nas.additive import Candidates
+from nas.config import SearchConfig
 from nas.costs import Scenario
 from nas.proposals import BELIEVED, DISTRUST, LEAST, NOISE, Measured, Proposer
 from nas.sampler import SwapSampler
@@ -354,3 +356,9 @@ def test_spaces_that_are_no_product_are_kept_to() -> None:
     study = study_of(candidates, make_sampler("swap", candidates, 0))
     measure(study, candidates, additive_truth(candidates, 0), 15)
     assert all(candidates.allows(a) and candidates.choice(a) is not None for a in found(study))
+
+
+def test_seeds_are_those_that_optuna_takes() -> None:
+    assert SearchConfig(budget=0.5, seed=2**32 - 1).seed
+    with pytest.raises(ConfigError, match=r"^seed is 4294967296; it must be below 2\^32"):
+        SearchConfig(budget=0.5, seed=2**32)

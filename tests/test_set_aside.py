@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from app import BUDGET, World, contents, succeed
+from app import BUDGET, HEALING, World, contents, nas, succeed
 
 from blocks.files import save_json, save_text
 from nas.config import RunConfig
@@ -13,6 +13,7 @@ from nas.export import find_child
 from nas.progress import Reporter
 from nas.run import Run
 from nas.set_aside import HEALED_FOR, forget_healing, set_aside_other_healing
+from nas.turns import alone
 
 
 @pytest.fixture
@@ -94,3 +95,12 @@ def test_what_a_run_has_healed_is_of_its_present_child(world: World, tmp_path: P
     assert find_child(run) == run / "child"
     succeed("search", "--run", run, *BUDGET)
     assert contents(run / "healed") == healed and find_child(run) == run / "healed"
+
+
+def test_one_command_at_a_time_writes_what_others_would_write_too(world: World, tmp_path: Path) -> None:
+    run = world.copy("searched", tmp_path / "run")
+    with alone(run):
+        for words in (("distill", "--run", run, *HEALING), world.score_words(run), ("fuse", "--run", run)):
+            refused = nas(*words)
+            assert refused.code != 0 and f"another nas command is at work in {run}" in refused.err
+    succeed("distill", "--run", run, *HEALING)

@@ -110,6 +110,8 @@ def distill(
 ) -> None:
     """Heal the child by distilling from the parent, and write it."""
     arguments = locals()
+    from contextlib import nullcontext
+
     from blocks.ranks import join
     from distill.config import DistillConfig
     from nas.config import load_recipe
@@ -122,6 +124,7 @@ def distill(
 
     from nas.heal import run_distill
     from nas.set_aside import forget_healing
+    from nas.turns import alone
 
     opened_run, parent = open_run_and_parent(run)
     if dry_run:
@@ -131,10 +134,11 @@ def distill(
         architecture = Architecture.load(opened_run.path("architecture.json"))
         return emit(plan_distill(stages, parent, architecture, place, ranks.count), as_json)
     told = reporter(as_json or not ranks.main)
-    if restart and ranks.main:
-        forget_healing(opened_run, told)
-    ranks.wait()
-    result = run_distill(opened_run, parent, stages, place, told, ranks)
+    with alone(run) if ranks.main else nullcontext():
+        if restart and ranks.main:
+            forget_healing(opened_run, told)
+        ranks.wait()
+        result = run_distill(opened_run, parent, stages, place, told, ranks)
     ranks.leave()
     if result is None or not ranks.main:
         return

@@ -90,6 +90,7 @@ def fuse(
     from nas.costs import Scenario
     from nas.fusion import FusionConfig, plan_fusion
     from nas.fusion_run import run_fuse, scenario_of, task_of, unfused
+    from nas.turns import alone
 
     require_one_process("nas fuse")
     place = pick_device(device)
@@ -113,7 +114,8 @@ def fuse(
     if dry_run:
         task = task_of(opened_run, child)
         return emit(plan_fusion(task.source, task.out, config, scenario, place.type == "cuda"), as_json)
-    result = run_fuse(opened_run, opened, child, config, scenario, place, reporter(as_json), replace)
+    with alone(run):
+        result = run_fuse(opened_run, opened, child, config, scenario, place, reporter(as_json), replace)
     later = f"nas fuse --replace{run_flag(run)}, to heal the fused child" if child == "child" else ""
     show_fusion(result, as_json, False, f"nas distill{run_flag(run)}" if replace else later)
 

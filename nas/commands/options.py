@@ -103,7 +103,9 @@ def reporter(quiet: bool) -> Any:
 
 
 def run_flag(run: Path) -> str:
-    return "" if run == DEFAULT_RUN else f" --run {run}"
+    import shlex
+
+    return "" if run == DEFAULT_RUN else f" --run {shlex.quote(str(run))}"
 
 
 def empty(run: Path) -> None:

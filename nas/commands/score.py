@@ -117,6 +117,8 @@ def score(
 ) -> None:
     """Build, fit and score the candidates of every layer of a parent."""
     arguments = locals()
+    from contextlib import nullcontext
+
     from blocks.errors import ConfigError
     from blocks.ranks import join
     from nas.config import DataConfig, RunConfig, ScoreConfig, build, load_recipe
@@ -130,8 +132,9 @@ def score(
     config = build(RunConfig, sections, run_flags, place.type)
 
     from blocks.parent import open_parent
-    from nas.run import create_run
+    from nas.run import create_run, find_run
     from nas.score import run_score
+    from nas.turns import alone
     from search_spaces import load_space
 
     loaded_space = load_space(config.space, config.target)
@@ -145,24 +148,28 @@ def score(
     if dry_run:
         from nas.plan import plan_score
 
+        if not restart:
+            find_run(run, config, opened.fingerprint)
         caps = {"fit": config.data.fit_tokens, "calibration": config.data.calibration_tokens}
         plan = plan_score(config, opened, loaded_space, place, engine, ranks, caps, config.data.sequence_length, None)
         return emit(plan.to_json(), as_json) if as_json else typer.echo("\n".join(plan.lines()))
     if restart and ranks.main:
         empty(run)
     opened_run = create_run(run, config, opened.fingerprint) if ranks.main else None
-    opened_run = ranks.agree(opened_run)
-    summary = run_score(opened_run, opened, place, reporter(as_json or not ranks.main), engine, ranks)
-    ranks.leave()
-    if not ranks.main:
-        return
-    if precisions is not None:
-        from nas.additivity import score_and_check
-        from nas.config import SearchConfig
+    with alone(run) if ranks.main else nullcontext():
+        opened_run = ranks.agree(opened_run)
+        summary = run_score(opened_run, opened, place, reporter(as_json or not ranks.main), engine, ranks)
+        ranks.leave()
+        if not ranks.main:
+            return
+        if precisions is not None:
+            from nas.additivity import score_and_check
+            from nas.config import SearchConfig
 
-        tokens = build(SearchConfig, sections, {"budget": 1.0, "precisions": precisions}, place.type).precision_tokens
-        told = score_and_check(opened_run, opened, place, reporter(as_json), precisions, tokens, verify_additivity)
-        summary = {**summary, "precisions": told}
+            search = {"budget": 1.0, "precisions": precisions}
+            tokens = build(SearchConfig, sections, search, place.type).precision_tokens
+            told = score_and_check(opened_run, opened, place, reporter(as_json), precisions, tokens, verify_additivity)
+            summary = {**summary, "precisions": told}
     if as_json:
         return emit(summary, as_json)
     from nas.show import correlation_line
