@@ -523,7 +523,7 @@ def test_a_run_is_healed_and_then_as_it_is_served(world: World, in_formats: Path
 
 def test_by_default_it_is_trained_as_it_is_served_and_never_ends_worse(in_formats: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(in_formats, tmp_path / "run"))
-    result = succeed("distill", "--run", run, *HEALING, "--json").json
+    result = succeed("distill", "--run", run, "--restart", *HEALING, "--json").json
     (stage,) = result["stages"]
     assert (stage["name"], stage["config"]["qad"], stage["config"]["full_rate_kl"]) == ("1-qad", True, FULL_RATE_KL)
     assert stage["best"]["kl"] < stage["before"]["kl"]
@@ -535,8 +535,7 @@ def test_stages_that_harm_are_told(in_formats: Path, tmp_path: Path) -> None:
     """The master's best weights are not the best ones to round."""
     run = Path(shutil.copytree(in_formats, tmp_path / "run"))
     words = ("--tokens", 256, "--batch-sequences", 4, "--sequence-length", 32, "--qad-tokens", 128)
-    said = succeed("distill", "--run", run, *words, "--optimizer", "muon", "--qad-learning-rate", 1.0)
-    print(said.err, said.out)
+    said = succeed("distill", "--run", run, "--restart", *words, "--optimizer", "muon", "--qad-learning-rate", 1.0)
     assert "warning: the child is further from the parent than before healing" in said.err
 
 
