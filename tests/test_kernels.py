@@ -3,6 +3,8 @@
 On a GPU if there is one. Without, in Triton's interpreter (pip install triton):
 
     TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py
+
+(Triton 3.6's interpreter fails in kernels that loop from a program's number with numpy 2.4: norms, and all that has them.)
 """
 
 from __future__ import annotations
