@@ -18,15 +18,13 @@ in nvfp4, the divisor that they need to share anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from blocks.errors import ConfigError, NasError
 from blocks.formats import Format, Quantized
+from blocks.fused import kernels_in
 
 BLOCK = 128  # columns rounded before the others hear of it; a matter of speed alone
 DAMPING = 0.01  # added to the diagonal of the Gram, as a share of its mean
@@ -167,19 +165,10 @@ def _round_block(
 
 def _rounder(weight: Tensor, format: Format, stored: torch.dtype | None) -> Callable[..., Tensor]:
     """`_round_block`, or the kernel that does the same in one launch where it can."""
-    kernels = _kernels() if weight.is_cuda else None
+    kernels = kernels_in("blocks") if weight.is_cuda else None
     if kernels is not None and kernels.rounds_to(format, stored):
         return kernels.round_block
     return _round_block
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    if find_spec("triton") is None:
-        return None
-    from blocks import kernels
-
-    return kernels
 
 
 def _largest(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

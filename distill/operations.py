@@ -9,8 +9,6 @@ Shapes: B sequences, T positions, D hidden size, E head_dim, W FFN channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from blocks.formats import Float8, NvFloat4
+from blocks.fused import kernels_in
 from blocks.layer import rms_norm
 from blocks.rounded_model import Rounding
 
@@ -31,13 +30,8 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
     return _kernels() if tensor.is_cuda and tensor.dtype in FUSED_DTYPES else None
 
 
-@cache
 def _kernels() -> ModuleType | None:
-    if find_spec("triton") is None:
-        return None
-    from distill import kernels
-
-    return kernels
+    return kernels_in("distill")
 
 
 def add_norm(

@@ -22,7 +22,7 @@ from blocks.parent import Parent
 from blocks.rounded import round_layer
 from blocks.spec import BF16, LayerSpec
 from nas.costs import CostModel, Scenario
-from nas.precisions import PrecisionScores, PrecisionScoring, parse_precisions, require_served
+from nas.precisions import PrecisionScores, PrecisionScoring, parse_precisions
 from nas.progress import Reporter
 from nas.run import Run
 
@@ -133,7 +133,6 @@ def score_and_check(
 ) -> dict[str, Any]:
     """`nas score --precisions`: scores what is missing, and checks sums if asked to. Returns what is told of it."""
     names = [name for name in parse_precisions(formats) if name != BF16]
-    require_served(run.config.target, names)
     scoring = PrecisionScoring(run, parent, device, reporter, tokens)
     scores = scoring.ensure(names)
     told: dict[str, Any] = {"scored": names, "rows": len(scores.values)}

@@ -77,9 +77,10 @@ def build_stage(section: dict[str, Any], flags: dict[str, Any], device: str, wid
     if said("learning_rate") is None:
         if said("loss") in (None, "kl", "jsd"):
             own["full_rate_kl"] = FULL_RATE_KL
-        optimizer = said("optimizer") or build(DistillConfig, {}, {}, device).optimizer
-        if said("qad") and optimizer in QAD_RATES:  # or DistillConfig refuses it
-            own["learning_rate"] = qad_rate(optimizer, width)
+        if said("qad"):
+            optimizer = said("optimizer") or build(DistillConfig, {}, {}, device).optimizer
+            if optimizer in QAD_RATES:  # or DistillConfig refuses it
+                own["learning_rate"] = qad_rate(optimizer, width)
     on_cpu = {"device": "cpu"} if device == "cpu" else {}
     return build(DistillConfig, {"distill": section}, flags | on_cpu, device, own)
 

@@ -233,10 +233,13 @@ def _notes(report: dict[str, Any]) -> dict[str, str]:
     measured = [point for point in report["points"] if point["kl"] is not None and point["origin"] != "parent"]
     timed = [point for point in measured if point["tokens_per_s"] is not None]
     search, run = "run nas search first", report["run"]
+    unmeasured = f"No child was measured yet: {search}."
+    if report["map"]:
+        unmeasured = "No child was measured: without the parent at hand there is no true KL."
     notes = {
         "map": None if report["map"] else f"No architecture was chosen in {run} yet: {search}.",
         "scores": None if report["scores"] else "No score table lies in this run: it was searched on a table from elsewhere.",
-        "pareto": None if measured else "No child was measured: without the parent at hand there is no true KL." if report["map"] else f"No child was measured yet: {search}.",
+        "pareto": None if measured else unmeasured,
         "speed": None if timed else "No clock: give nas search a --clock, a profile of nas bench or the name of a device.",
         "predicted": None if any(p["predicted_kl"] for p in measured) else "No child was measured, so no prediction was checked.",
         "budget": None if any((m["cost"] or {}).get("total_bytes") for m in report["models"]) else f"No costs yet: {search}.",

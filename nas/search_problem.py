@@ -62,12 +62,13 @@ def score_precisions(
     """Scores those precisions of a search that have no scores yet. Raises ConfigError for one that the target cannot serve."""
     formats = parse_precisions(config.precisions)
     require_served(run.config.target, formats)
-    table = load_table(run.path("scores.csv"))
-    for name in held_by_none(table, formats, CostModel(parent.shape, replace(scenario, kv_dtype="bfloat16"))):
-        shared = format_named(name).group
-        reporter.say(f"  warning: nothing of this parent can be had in {name}: no inputs are a multiple of {shared}")
     wanted = to_score(formats, scenario.kv_dtype.split(","))
     if wanted:
+        for name in held_by_none(load_table(run.path("scores.csv")), formats, CostModel(parent.shape, Scenario())):
+            shared = format_named(name).group
+            reporter.say(
+                f"  warning: nothing of this parent can be had in {name}: no inputs are a multiple of {shared}"
+            )
         with turn(run.path("config.yaml")):  # one worker makes them for all
             tokens, quantizer = config.precision_tokens, config.quantizer
             PrecisionScoring(run, parent, device, reporter, tokens, quantizer).ensure(wanted)

@@ -64,10 +64,11 @@ def read_text(source: str, column: str, tokenizer: Any, length: int, tokens: int
             ids += document if end is None else [*document, end]
         if tokens and len(ids) >= tokens:
             break
-    sequences = (min(len(ids), tokens) if tokens else len(ids)) // length
+    found = min(len(ids), tokens) if tokens else len(ids)
+    sequences = found // length
     if sequences < 2:
         raise DataError(
-            f"--data {source} gives {min(len(ids), tokens) if tokens else len(ids)} tokens, less than two sequences of {length}; "
+            f"--data {source} gives {found} tokens, less than two sequences of {length}; "
             "give more text, a larger --text-tokens or a shorter --sequence-length"
         )
     return Text(source, np.array(ids[: sequences * length], np.uint32).reshape(sequences, length))

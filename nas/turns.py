@@ -31,10 +31,12 @@ def turn(path: Path) -> Iterator[None]:
 def alone(run: Path) -> Iterator[None]:
     """Lets no other process within an `alone` of this directory; one that is killed lets go at once.
 
-    On a file system that knows no locks of directories, nobody is kept out. Raises ConfigError if another is there.
+    The directory is made if it is not there. On a file system that knows no locks of directories, nobody is kept out. Raises
+    ConfigError if another is there.
     """
     import fcntl
 
+    run.mkdir(parents=True, exist_ok=True)
     handle = os.open(run, os.O_RDONLY)
     try:
         try:

@@ -155,9 +155,8 @@ def score(
         return emit(plan.to_json(), as_json) if as_json else typer.echo("\n".join(plan.lines()))
     if restart and ranks.main:
         empty(run)
-    opened_run = create_run(run, config, opened.fingerprint) if ranks.main else None
     with alone(run) if ranks.main else nullcontext():
-        opened_run = ranks.agree(opened_run)
+        opened_run = ranks.agree(create_run(run, config, opened.fingerprint) if ranks.main else None)
         summary = run_score(opened_run, opened, place, reporter(as_json or not ranks.main), engine, ranks)
         ranks.leave()
         if not ranks.main:
